@@ -1,0 +1,1 @@
+"""What every room stands on: errors, registry, generators, files, protocols. Imports nothing else of deltaw."""

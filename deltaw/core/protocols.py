@@ -1,0 +1,80 @@
+"""What lets floors meet without importing each other: a frozen weight, a low-rank update, an adapter of one site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class BaseWeight(Protocol):
+    """A frozen weight as methods see it: always the matrix W of shape (out, in), however it is stored.
+
+    A dense linear, GPT-2's transposed Conv1D, an embedding (whose W is (dim, vocab)) and a 4-bit weight look alike.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which values are computed; not the storage's."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the storage lives."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage, scales and codes included."""
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X W^T + bias: (..., in) to (..., out)."""
+
+    def t_matmul(self, grad: Tensor) -> Tensor:
+        """G W: (..., out) to (..., in)."""
+
+    def dequantize(self, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The rows of W as a dense tensor (rows, in); all rows when None. May share memory: never write to it."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An update W' = diag(out_scale) (W + scale * B A); out_scale None means ones.
+
+    Attributes:
+        A: (r, in), or (experts, r, in).
+        B: (out, r), or (experts, out, r).
+        scale: alpha/r or its like, a number.
+        out_scale: (out,), DoRA's m / ||W + scale B A||; None for every method whose update is a plain product.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    out_scale: Tensor | None = None
+
+
+class Adapter(Protocol):
+    """What a method attaches to one site: an `nn.Module` whose parameters are the update's, with these members."""
+
+    dropout: float
+
+    def low_rank(self) -> LowRank | None:
+        """The update as factors, or None where it has no such form."""
+
+    def update(self, x: Tensor, base_out: Tensor) -> Tensor:
+        """(W' - W) x for the site's input: (..., in) or token ids (...) to (..., out), in `base_out`'s dtype."""
+
+    def delta(self, rows: slice | None = None) -> Tensor | None:
+        """W' - W for rows of the (out, in) matrix, in float32; None where the method cannot be merged."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved: the key that follows the site's name in a PEFT folder, to the tensor."""
+
+    def load_tensors(self, tensors: dict[str, Any]) -> None:
+        """Takes back what `tensors` gave; the keys have been checked."""
