@@ -1,3 +1,76 @@
-"""deltaw: low-rank adaptation of large language models."""
+"""deltaw (ΔW): low-rank adaptation of large language models.
+
+The public names below are loaded when first used, so that importing the package stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "LoRA": "deltaw.methods",
+    "Full": "deltaw.methods",
+    "adapt": "deltaw.methods",
+    "adapter_names": "deltaw.methods",
+    "adapter_parameters": "deltaw.methods",
+    "delete_adapter": "deltaw.methods",
+    "set_adapter": "deltaw.methods",
+    "summary": "deltaw.methods",
+    "unload": "deltaw.methods",
+    "load_adapter": "deltaw.checkpoint",
+    "load_adapters": "deltaw.checkpoint",
+    "load_model": "deltaw.checkpoint",
+    "load_tokenizer": "deltaw.checkpoint",
+    "merge": "deltaw.checkpoint",
+    "save_adapter": "deltaw.checkpoint",
+    "save_adapters": "deltaw.checkpoint",
+    "save_model": "deltaw.checkpoint",
+    "unmerge": "deltaw.checkpoint",
+    "DeltawError": "deltaw.core.errors",
+    "InputError": "deltaw.core.errors",
+    "RunError": "deltaw.core.errors",
+    "TrainConfig": "deltaw.train",
+    "train": "deltaw.train",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from deltaw.checkpoint import (
+        load_adapter,
+        load_adapters,
+        load_model,
+        load_tokenizer,
+        merge,
+        save_adapter,
+        save_adapters,
+        save_model,
+        unmerge,
+    )
+    from deltaw.core.errors import DeltawError, InputError, RunError
+    from deltaw.methods import (
+        Full,
+        LoRA,
+        adapt,
+        adapter_names,
+        adapter_parameters,
+        delete_adapter,
+        set_adapter,
+        summary,
+        unload,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

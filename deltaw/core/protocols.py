@@ -1,9 +1,9 @@
-"""What lets floors meet without importing each other: a frozen weight, a low-rank update, an adapter of one site."""
+"""What lets floors meet without importing each other: a frozen weight and a low-rank update."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,24 +57,3 @@ class LowRank:
     B: Tensor
     scale: float
     out_scale: Tensor | None = None
-
-
-class Adapter(Protocol):
-    """What a method attaches to one site: an `nn.Module` whose parameters are the update's, with these members."""
-
-    dropout: float
-
-    def low_rank(self) -> LowRank | None:
-        """The update as factors, or None where it has no such form."""
-
-    def update(self, x: Tensor, base_out: Tensor) -> Tensor:
-        """(W' - W) x for the site's input: (..., in) or token ids (...) to (..., out), in `base_out`'s dtype."""
-
-    def delta(self, rows: slice | None = None) -> Tensor | None:
-        """W' - W for rows of the (out, in) matrix, in float32; None where the method cannot be merged."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is saved: the key that follows the site's name in a PEFT folder, to the tensor."""
-
-    def load_tensors(self, tensors: dict[str, Any]) -> None:
-        """Takes back what `tensors` gave; the keys have been checked."""

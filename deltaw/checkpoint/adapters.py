@@ -1,0 +1,313 @@
+"""Adapters on disk in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
+
+Every key begins `base_model.model.` and goes on with the module's path; the adapter's name is not in it. No pickle is
+ever read. What is missing, unexpected or of another shape is an error, and leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.errors import InputError
+from deltaw.core.files import atomic_folder, write_json
+from deltaw.methods.contract import Method
+from deltaw.methods.host import adapt, adapter_names, book_of, delete_adapter, parts_of, set_adapter
+from deltaw.methods.registry import METHODS, method_of
+from deltaw.models.sites import base_modules, task_heads
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+Path_ = str | os.PathLike[str]
+
+
+def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's keys, on the CPU."""
+    return {
+        f"{PREFIX}{path}{key}": tensor.to("cpu").contiguous()
+        for path, _, part in parts_of(model, name)
+        for key, tensor in part.tensors().items()
+    }
+
+
+def save_adapter(model: nn.Module, path: Path_, *, name: str | None = None, base_model: str | None = None) -> Path:
+    """Writes one adapter as a folder that PEFT, vLLM and transformers load.
+
+    Args:
+        model: an adapted model.
+        path: the folder; written whole or not at all.
+        name: which adapter; None means the only one.
+        base_model: what `base_model_name_or_path` says; None means what the model was loaded from.
+
+    Raises:
+        InputError: no such adapter, several and no name, or a method that has no such file.
+    """
+    from safetensors.torch import save_file
+
+    name = _only(model, name)
+    config = book_of(model).configs[name]
+    method = method_of(config)
+    if method.to_peft is None:
+        raise InputError(
+            f"{name!r} is {method.name}, which trains the model itself: save the model with dw.save_model(model, path)"
+        )
+    fields = peft_config(model, name, method, config, base_model)
+    tensors = adapter_state(model, name)
+    if any(not tensor.numel() for tensor in tensors.values()):
+        empty = next(key for key, tensor in tensors.items() if not tensor.numel())
+        raise InputError(f"{empty} is empty: gather sharded parameters before saving")
+    with atomic_folder(path) as folder:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_json(folder / CONFIG_FILE, fields)
+    return Path(path)
+
+
+def peft_config(model: nn.Module, name: str, method: Method, config: Any, base_model: str | None) -> dict[str, Any]:
+    """The fields of `adapter_config.json`."""
+    assert method.to_peft is not None
+    sites = [path for path, _, part in parts_of(model, name) if part.low_rank() is not None]
+    copies = [path for path, _, part in parts_of(model, name) if part.replaces]
+    known = base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return {
+        "base_model_name_or_path": known,
+        "task_type": _task_type(model, copies),
+        "inference_mode": True,
+        **method.to_peft(config, model, sites),
+        "modules_to_save": copies or None,
+    }
+
+
+def _task_type(model: nn.Module, copies: Sequence[str]) -> str | None:
+    kind = type(model).__name__
+    heads = task_heads(model)
+    if heads:
+        # PEFT takes these two to mean that the head was trained and is in the file.
+        trained = all(head in copies for head in heads)
+        return ("SEQ_CLS" if "Sequence" in kind else "TOKEN_CLS") if trained else None
+    if kind.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def read_adapter(path: Path_) -> tuple[Method, Any, dict[str, Tensor]]:
+    """The method, the configuration and the tensors of an adapter folder.
+
+    Raises:
+        InputError: no adapter there, a damaged file, a pickle, a method or field that is not supported.
+    """
+    folder = Path(path)
+    fields = _read_config(folder)
+    kind = fields.get("peft_type")
+    for name in METHODS:
+        method = METHODS[name]
+        if method.peft_type is not None and method.peft_type == kind:
+            assert method.from_peft is not None
+            return method, method.from_peft(fields), _read_tensors(folder)
+    supported = ", ".join(str(METHODS[name].peft_type) for name in METHODS if METHODS[name].peft_type)
+    raise InputError(f"{folder / CONFIG_FILE}: peft_type {kind!r} is not supported: expected one of {supported}")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        inside = sorted(saved_adapters(folder)) if folder.is_dir() else []
+        if inside:
+            raise InputError(f"{folder} holds several adapters: name one of {', '.join(str(folder / n) for n in inside)}")
+        if (folder / "adapter" / CONFIG_FILE).is_file():
+            return _read_config(folder / "adapter")
+        what = "no such folder" if not folder.exists() else f"no {CONFIG_FILE} in it"
+        raise InputError(f"no adapter at {folder}: {what}; give a folder that dw.save_adapter or PEFT wrote")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not JSON ({error}): copy the adapter again") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{file} holds {type(fields).__name__}: expected an object of PEFT's fields")
+    return fields
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
+        if pickles:
+            raise InputError(
+                f"{folder / pickles[0]} is a pickle, which can run code and is never loaded: "
+                "save the adapter again with safe_serialization=True"
+            )
+        raise InputError(f"no {WEIGHTS_FILE} in {folder}: the adapter is incomplete")
+    try:
+        return load_file(file)
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{file} is damaged or no safetensors file ({_one_line(error)}): copy it again") from None
+
+
+def load_adapter(
+    model: nn.Module,
+    path: Path_,
+    *,
+    name: str | None = None,
+    trainable: bool = False,
+    active: bool | None = None,
+) -> nn.Module:
+    """Puts an adapter from a folder on `model`, in place.
+
+    Args:
+        model: the base it was trained on, adapted or not.
+        path: a folder that `save_adapter` or PEFT wrote, or a run folder.
+        name: how to call it; None means the folder's name.
+        trainable: whether to go on training it.
+        active: whether to compute with it now, alone; None means only if it is the first.
+
+    Raises:
+        InputError: not an adapter, or one of another model: the first differences are named, the model is unchanged.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
+        folder = folder / "adapter"
+    method, config, tensors = read_adapter(folder)
+    if name is None:
+        stem = folder.parent.name if folder.name == "adapter" else folder.name
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", stem) or "default"
+    before = dict(book_of(model).active)
+    config = _exact_modules(model, config)
+    adapt(model, config, name=name, trainable=trainable)
+    try:
+        _fill(model, name, tensors, folder)
+    except BaseException:
+        delete_adapter(model, name)
+        if book_of(model).configs:
+            set_adapter(model, before)
+        raise
+    if active is False or (active is None and len(book_of(model).configs) > 1):
+        set_adapter(model, before)
+    return model
+
+
+def _exact_modules(model: nn.Module, config: Any) -> Any:
+    """`modules_to_save` as whole paths: PEFT matches its entries against any ending of a path, dot or not."""
+    import dataclasses
+
+    wanted = getattr(config, "modules_to_save", None)
+    if not wanted:
+        return config
+    paths = [path for path, _ in base_modules(model) if any(path.endswith(ending) for ending in wanted)]
+    missing = [ending for ending in wanted if not any(path.endswith(ending) for path in paths)]
+    # PEFT adds both "classifier" and "score" for classification models, whichever the model has.
+    if missing and not (paths and set(missing) <= {"classifier", "score"}):
+        raise InputError(f"modules_to_save {missing[0]!r} of the adapter is no module of {type(model).__name__}")
+    return dataclasses.replace(config, modules_to_save=paths)
+
+
+def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path) -> None:
+    expected: dict[str, tuple[Any, str, Tensor]] = {}
+    for path, _, part in parts_of(model, name):
+        for key, tensor in part.tensors().items():
+            expected[f"{PREFIX}{path}{key}"] = (part, key, tensor)
+    extra = [key for key in tensors if key not in expected and not _harmless(model, key, tensors[key], folder)]
+    missing = [key for key in expected if key not in tensors]
+    wrong = [
+        f"{key} {tuple(tensors[key].shape)} instead of {tuple(tensor.shape)}"
+        for key, (_, _, tensor) in expected.items()
+        if key in tensors and tensors[key].shape != tensor.shape
+    ]
+    problems = [
+        f"{len(found)} {what} ({found[0]}{', ...' if len(found) > 1 else ''})"
+        for what, found in (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
+        if found
+    ]
+    if problems:
+        raise InputError(
+            f"{folder} does not fit {type(model).__name__}: tensors {'; '.join(problems)}; "
+            "load the model that the adapter was trained on"
+        )
+    bad = next((key for key in expected if not torch.isfinite(tensors[key]).all()), None)
+    if bad is not None:
+        raise InputError(f"{folder}: {bad} holds NaN or infinity: the adapter is broken")
+    by_part: dict[int, tuple[Any, dict[str, Tensor]]] = {}
+    for full_key, (part, key, _) in expected.items():
+        by_part.setdefault(id(part), (part, {}))[1][key] = tensors[full_key]
+    for part, own in by_part.values():
+        part.load_tensors(own)
+
+
+def _harmless(model: nn.Module, key: str, tensor: Tensor, folder: Path) -> bool:
+    """Whether a key beyond the adapter's own is a copy that PEFT adds: of base embeddings, of an original module."""
+    path = key.removeprefix(PREFIX)
+    if ".original_module." in path or ".modules_to_save." in path:
+        return True
+    module_path, layer, parameter = path.rpartition(".base_layer.")
+    if not layer:
+        module_path, _, parameter = path.rpartition(".")
+    try:
+        own = model.get_submodule(module_path)._parameters.get(parameter)
+    except AttributeError:
+        return False
+    if own is None:
+        return False
+    if own.shape != tensor.shape or not torch.equal(own.detach().cpu().float(), tensor.float()):
+        raise InputError(
+            f"{folder} carries its own {module_path}.{parameter} {tuple(tensor.shape)}, and the model's differs: "
+            "load the model that the adapter was trained on, with the same vocabulary"
+        )
+    return True
+
+
+def saved_adapters(path: Path_) -> dict[str, Path]:
+    """Adapters in PEFT's layout for several: the folder itself as "default", subfolders by their names."""
+    folder = Path(path)
+    found = {"default": folder} if (folder / CONFIG_FILE).is_file() else {}
+    for child in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if (child / CONFIG_FILE).is_file() and child.name != "adapter":
+            found[child.name] = child
+    return found
+
+
+def load_adapters(model: nn.Module, path: Path_) -> list[str]:
+    """Loads every adapter of a folder, inactive unless it is the model's first; gives their names."""
+    found = saved_adapters(path)
+    if not found:
+        raise InputError(f"no adapter at {path}: expected {CONFIG_FILE} in it or in its subfolders")
+    for name, folder in found.items():
+        load_adapter(model, folder, name=name)
+    return list(found)
+
+
+def save_adapters(model: nn.Module, path: Path_) -> list[Path]:
+    """Writes every adapter into a subfolder of its name; "default" goes into the folder itself, as PEFT has it."""
+    names = adapter_names(model)
+    written = []
+    if "default" in names:
+        written.append(save_adapter(model, path, name="default"))
+    for name in names:
+        if name != "default":
+            written.append(save_adapter(model, Path(path) / name, name=name))
+    return written
+
+
+def _only(model: nn.Module, name: str | None) -> str:
+    names = adapter_names(model)
+    if name is None and len(names) == 1:
+        return names[0]
+    if name not in names:
+        listed = ", ".join(names) or "none"
+        what = "which adapter?" if name is None else f"no adapter named {name!r}:"
+        raise InputError(f"{what} the model has {listed}")
+    assert name is not None
+    return name
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,122 @@
+"""The low-rank linear as one autograd function: y = x W^T + b + scale (x A^T) B^T with W frozen.
+
+LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3.
+
+Symbols, T tokens in all: x (..., in), W (out, in), A (r, in), B (out, r), b (out,), y (..., out), g = dL/dy (..., out).
+With h = x A^T (T, r) and k = scale g B (T, r):
+
+    dA = k^T x        dB = scale g^T h        dx = g W + k A        db = sum of g over tokens
+
+Autograd over the plain expression would keep x twice (once as the dropout's output), the product before scaling, and
+build a (..., out) and a (..., in) temporary to add; here x and h are kept, and both additions accumulate in place into
+the frozen product's own output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deltaw.core.protocols import BaseWeight
+
+
+def draw_dropout_seed() -> int:
+    """A seed for one dropout mask, from torch's default generator, whose state checkpoints and recomputation restore."""
+    return int(torch.randint(0, 2**62, (), dtype=torch.int64).item())
+
+
+def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
+    """The mask of `draw_dropout_seed`'s seed: 0 with probability p, else 1/(1 - p); shape and dtype of `like`.
+
+    Made again in the backward pass instead of being kept.
+    """
+    made = torch.Generator(device=like.device)
+    made.manual_seed(seed)
+    return torch.empty_like(like).bernoulli_(1.0 - p, generator=made).div_(1.0 - p)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        base: BaseWeight,
+        scale: float,
+        p: float,
+        seed: int,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        out = base.matmul(flat, bias)
+        dropped = flat * dropout_mask(flat, p, seed) if p else flat
+        h = dropped @ A.to(x.dtype).t()
+        out.addmm_(h, B.to(x.dtype).t(), alpha=scale)
+        ctx.base, ctx.scale, ctx.p, ctx.seed = base, scale, p, seed
+        ctx.save_for_backward(x, A, B, h)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, A, B, h = ctx.saved_tensors
+        need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
+        flat = x.reshape(-1, x.shape[-1])
+        g = grad.reshape(-1, grad.shape[-1])
+        mask = dropout_mask(flat, ctx.p, ctx.seed) if ctx.p else None
+        dx = dA = dB = db = None
+        if need_B:
+            dB = (g.t() @ h).mul_(ctx.scale).to(B.dtype)
+        if need_x or need_A:
+            k = (g @ B.to(g.dtype)).mul_(ctx.scale)
+            if need_A:
+                dA = (k.t() @ (flat if mask is None else flat * mask)).to(A.dtype)
+            if need_x:
+                dx = ctx.base.t_matmul(g)
+                if mask is None:
+                    dx.addmm_(k, A.to(k.dtype))
+                else:
+                    dx.addcmul_(k @ A.to(k.dtype), mask)
+                dx = dx.view(x.shape)
+        if need_bias:
+            db = g.sum(0)
+        return dx, dA, dB, db, None, None, None, None
+
+
+def lora_linear(
+    x: Tensor,
+    base: BaseWeight,
+    A: Tensor,
+    B: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """X W^T + bias + scale (dropout(x) A^T) B^T, differentiable in x, A, B and bias; W is frozen.
+
+    The arithmetic is in x's dtype; A and B may be of another (their own gradients come back in theirs), and nothing
+    as large as x is ever cast.
+
+    Args:
+        x: (..., in), of the base's dtype (any other is torch's own error, as for a plain linear).
+        base: the frozen W (out, in).
+        A: (r, in).
+        B: (out, r).
+        scale: alpha/r or its like.
+        bias: (out,) or None.
+        dropout: probability of dropping an entry of x on the low-rank branch only.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        # Autocast chooses a dtype for each operation; only the plain expression lets it.
+        return base.matmul(x, bias) + F.linear(F.linear(F.dropout(x, dropout), A), B) * scale
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    seed = draw_dropout_seed() if dropout else 0
+    result: Tensor = _LoraLinear.apply(x, A, B, bias, base, scale, dropout, seed)
+    return result

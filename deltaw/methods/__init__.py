@@ -1,0 +1,28 @@
+"""The adapter methods, their registry, and the host that puts them on a model."""
+
+from deltaw.methods.full import Full
+from deltaw.methods.host import (
+    adapt,
+    adapter_names,
+    adapter_parameters,
+    delete_adapter,
+    set_adapter,
+    summary,
+    unload,
+)
+from deltaw.methods.lora import LoRA
+from deltaw.methods.registry import METHODS, method_of
+
+__all__ = [
+    "METHODS",
+    "Full",
+    "LoRA",
+    "adapt",
+    "adapter_names",
+    "adapter_parameters",
+    "delete_adapter",
+    "method_of",
+    "set_adapter",
+    "summary",
+    "unload",
+]

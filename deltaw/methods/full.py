@@ -1,0 +1,35 @@
+"""Full fine-tuning, the baseline: every parameter of the model is trained, nothing is added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaw.core.configs import accepts
+from deltaw.methods.contract import Method, Placed
+
+
+@accepts()
+@dataclass(frozen=True)
+class Full:
+    """Trains all of the model's own parameters. Has no options; the learning rate wants to be 1e-5 to 5e-5."""
+
+
+def _attach(
+    model: nn.Module, config: Full, generator: Callable[[str], torch.Generator], dtype: torch.dtype | None
+) -> list[Placed]:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return []
+
+
+def _param_count(config: Any, kind: str, shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1]
+
+
+FULL = Method(name="full", config=Full, scope="model", attach=_attach, param_count=_param_count, trains_base=True)

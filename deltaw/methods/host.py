@@ -1,0 +1,418 @@
+"""The host: puts adapters on a model, switches and combines them, and takes them off without a trace.
+
+Adapting changes no module's class and no key of the base: a module that carries adapters gets a child `adapted` (an
+`AdaptedSite`) and, on the instance, a `forward` that asks it. Taking the last adapter off removes both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.errors import InputError, unknown_name
+from deltaw.core.generators import generator
+from deltaw.core.protocols import LowRank
+from deltaw.kernels.lora_linear import lora_linear
+from deltaw.methods.contract import Method, Placed
+from deltaw.methods.registry import method_of
+from deltaw.models.sites import DenseWeight, base_modules, fused_experts, kind_of
+
+#: A set of active adapters: None (the bare base), one name, several (weights 1), or weights by name.
+Active = str | Sequence[str] | Mapping[str, float] | None
+
+
+class AdaptedSite(nn.Module):
+    """All adapters of one module. `parts[name]` holds what the adapter called `name` put there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict()
+        self.active: dict[str, float] = {}
+        kind = kind_of(module)
+        self.weight = DenseWeight(module, kind) if kind is not None else None
+        # Only a module whose forward is exactly x W^T + b may be computed by the fused product.
+        plain = type(module).forward in (nn.Linear.forward, _conv1d_forward())
+        self.fusable = plain and "forward" not in module.__dict__
+        self.inner: Callable[..., Any] | None = module.__dict__.get("forward")
+
+    def chosen(self) -> Iterator[tuple[Any, float]]:
+        """The parts of the active adapters with their weights."""
+        for name, weight in self.active.items():
+            if name in self.parts:
+                for part in self.parts[name]:  # type: ignore[union-attr]
+                    yield part, weight
+
+    def base_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes without adapters."""
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
+
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The module's output with the active adapters' updates added up."""
+        chosen = list(self.chosen())
+        if not chosen:
+            return self.base_forward(module, *args, **kwargs)
+        if any(part.replaces for part, _ in chosen):
+            return self._replaced(chosen)(*args, **kwargs)
+        if self.fusable and len(args) == 1 and not kwargs and not module.weight.requires_grad:
+            fused = self._fused(module, args[0], chosen)
+            if fused is not None:
+                return fused
+        base_out = self.base_forward(module, *args, **kwargs)
+        out = base_out
+        x = args[0] if args else next(iter(kwargs.values()))
+        for part, weight in chosen:
+            update = part.update(x, base_out)
+            out = out + (update if weight == 1 else update * weight)
+        return out
+
+    def _replaced(self, chosen: list[tuple[Any, float]]) -> Callable[..., Any]:
+        copies = [(part, weight) for part, weight in chosen if part.replaces]
+        if len(copies) > 1 or len(chosen) > 1 or copies[0][1] != 1:
+            names = ", ".join(self.active)
+            raise InputError(
+                f"the active adapters {names} train a whole copy of the same module (modules_to_save): "
+                "activate one of them, with weight 1"
+            )
+        whole: Callable[..., Any] = copies[0][0].copy
+        return whole
+
+    def _fused(self, module: nn.Module, x: Tensor, chosen: list[tuple[Any, float]]) -> Tensor | None:
+        """The one-function path, or None where the parts have no common low-rank form."""
+        factors: list[tuple[LowRank, float]] = []
+        bias = module.bias
+        dropouts = set()
+        for part, weight in chosen:
+            low, shift = part.low_rank(), part.shift()
+            if low is None and shift is None:
+                return None
+            if low is not None:
+                if low.out_scale is not None:
+                    return None
+                factors.append((low, weight))
+                dropouts.add(part.dropout if part.training else 0.0)
+            if shift is not None:
+                shift = shift.to(x.dtype) * weight
+                bias = shift if bias is None else bias + shift
+        if len(dropouts) > 1 or (len(factors) > 1 and dropouts != {0.0}):
+            return None
+        assert self.weight is not None
+        if not factors:
+            return self.weight.matmul(x, bias)
+        if len(factors) == 1:
+            low, weight = factors[0]
+            A, B, scale = low.A, low.B, low.scale * weight
+        else:
+            # Several adapters are one of the summed rank, their scales taken into B.
+            A = torch.cat([low.A.to(x.dtype) for low, _ in factors])
+            B = torch.cat([low.B.to(x.dtype) * (low.scale * weight) for low, weight in factors], dim=1)
+            scale = 1.0
+        return lora_linear(x, self.weight, A, B, scale=scale, bias=bias, dropout=dropouts.pop())
+
+
+def _conv1d_forward() -> Any:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D.forward
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    site: Any = self.adapted
+    return site.run(self, *args, **kwargs)
+
+
+@dataclass
+class Book:
+    """What a model knows of its adapters."""
+
+    configs: dict[str, Any] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+    trainable: set[str] = field(default_factory=set)
+    was_trainable: set[str] | None = None
+    merged: Any = None
+
+
+def book_of(model: nn.Module) -> Book:
+    """The model's book, made empty on first use."""
+    found = model.__dict__.get("_deltaw")
+    if found is None:
+        found = Book()
+        model.__dict__["_deltaw"] = found
+    assert isinstance(found, Book)
+    return found
+
+
+def sites_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdaptedSite]]:
+    """(path, module, site) of every module that carries adapters."""
+    for path, module in base_modules(model):
+        site = module._modules.get("adapted")
+        if isinstance(site, AdaptedSite):
+            yield path, module, site
+
+
+def parts_of(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Any]]:
+    """(path, module, part) of everything that one adapter put on the model."""
+    for path, module, site in sites_of(model):
+        if name in site.parts:
+            for part in site.parts[name]:  # type: ignore[union-attr]
+                yield path, module, part
+
+
+def adapt(
+    model: nn.Module,
+    config: Any,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    trainable: bool = True,
+) -> nn.Module:
+    """Puts a new adapter on `model`, in place, and makes it the active one.
+
+    Args:
+        model: any module; transformers' models are known by name, others are inspected.
+        config: a method's configuration (`dw.LoRA(...)`, `dw.Full()`).
+        name: the adapter's name: letters, digits, `_` and `-`.
+        seed: with the site's name, decides the starting values; the global generator is not used.
+        dtype: of the new parameters; None means float32, whatever the base's.
+        trainable: whether the new parameters want gradients.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: a target that matches nothing, a name in use, an adapter on a merged model.
+    """
+    method = method_of(config)
+    book = book_of(model)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise InputError(f"adapter name {name!r}: expected letters, digits, _ and -")
+    if name in book.configs:
+        raise InputError(f"the model already has an adapter named {name!r}: choose another name, or delete it first")
+    if book.merged is not None:
+        raise InputError("the model holds a merged adapter: call dw.unmerge(model) before adding another")
+    if any(method_of(other).trains_base for other in book.configs.values()) or (method.trains_base and book.configs):
+        raise InputError("full fine-tuning trains the base itself and stands alone: use a fresh model for another adapter")
+    placed = method.attach(model, config, lambda path: generator(seed, "init", path), dtype)
+    if book.was_trainable is None:
+        book.was_trainable = {key for key, p in model.named_parameters() if p.requires_grad}
+    if not method.trains_base:
+        _freeze_base(model)
+    for item in placed:
+        _install(model.get_submodule(item.path), name, item)
+    book.configs[name] = config
+    if trainable:
+        book.trainable.add(name)
+    set_adapter(model, name)
+    return model
+
+
+def _freeze_base(model: nn.Module) -> None:
+    for key, parameter in model.named_parameters():
+        if "adapted" not in key.split("."):
+            parameter.requires_grad_(False)
+
+
+def _install(module: nn.Module, name: str, item: Placed) -> None:
+    site = module._modules.get("adapted")
+    if site is None:
+        site = AdaptedSite(module)
+        module.adapted = site
+        module.forward = MethodType(_forward, module)
+        site.train(module.training)
+    assert isinstance(site, AdaptedSite)
+    if name not in site.parts:
+        site.parts[name] = nn.ModuleList()
+    item.part.train(module.training)
+    site.parts[name].append(item.part)  # type: ignore[operator]
+
+
+def _uninstall(module: nn.Module, site: AdaptedSite) -> None:
+    del module._modules["adapted"]
+    del module.__dict__["forward"]
+    if site.inner is not None:
+        module.__dict__["forward"] = site.inner
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the model's adapters, in the order they came."""
+    return list(book_of(model).configs)
+
+
+def set_adapter(model: nn.Module, active: Active) -> None:
+    """Chooses what the model computes with: one adapter, the sum of several, a weighted sum, or the bare base (None).
+
+    Base weights are not touched. Only trainable adapters that are active want gradients.
+
+    Raises:
+        InputError: an unknown name, or a model whose adapter is merged.
+    """
+    book = book_of(model)
+    if active is None:
+        weights: dict[str, float] = {}
+    elif isinstance(active, str):
+        weights = {active: 1.0}
+    elif isinstance(active, Mapping):
+        weights = {name: float(weight) for name, weight in active.items()}
+    else:
+        weights = dict.fromkeys(active, 1.0)
+    for name in weights:
+        if name not in book.configs:
+            raise unknown_name("adapter", name, book.configs)
+    if book.merged is not None:
+        raise InputError("the model holds a merged adapter: call dw.unmerge(model) first")
+    if any(method_of(config).trains_base for config in book.configs.values()) and not weights:
+        raise InputError("full fine-tuning changed the base itself: there is no bare base to go back to")
+    book.active = weights
+    for _, _, site in sites_of(model):
+        site.active = {name: weight for name, weight in weights.items() if name in site.parts}
+        for name, parts in site.parts.items():
+            for parameter in parts.parameters():
+                parameter.requires_grad_(name in weights and name in book.trainable)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Takes one adapter off; with the last one, the model is again exactly what it was."""
+    book = book_of(model)
+    if name not in book.configs:
+        raise unknown_name("adapter", name, book.configs)
+    if book.merged is not None:
+        raise InputError("the model holds a merged adapter: call dw.unmerge(model) first")
+    if method_of(book.configs[name]).trains_base:
+        raise InputError("full fine-tuning changed the base itself and cannot be taken off: load the model again")
+    for _, module, site in list(sites_of(model)):
+        if name in site.parts:
+            del site.parts[name]
+            site.active.pop(name, None)
+        if not len(site.parts):
+            _uninstall(module, site)
+    del book.configs[name]
+    book.active.pop(name, None)
+    book.trainable.discard(name)
+    if not book.configs:
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(key in (book.was_trainable or ()))
+        del model.__dict__["_deltaw"]
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Takes every adapter off; the base is bit-identical to what it was before."""
+    for name in adapter_names(model):
+        delete_adapter(model, name)
+    model.__dict__.pop("_deltaw", None)
+    return model
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters by their path in the model; the model's own for full fine-tuning."""
+    config = book_of(model).configs.get(name)
+    if config is None:
+        raise unknown_name("adapter", name, book_of(model).configs)
+    if method_of(config).trains_base:
+        return {key: p for key, p in model.named_parameters() if p.requires_grad}
+    marker = f"adapted.parts.{name}."
+    return {key: p for key, p in model.named_parameters() if marker in key}
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """One adapted module: its matrix's shape (out, in), what sits on it, and the parameters that this trains."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is adapted. `str()` gives a table.
+
+    Attributes:
+        adapter: name; method: its method.
+        sites: one entry a part.
+        trainable_parameters: of this adapter.
+        base_parameters: of the model without adapters.
+        adapter_bytes: the adapter's parameters in their dtype.
+        base_bytes: the model's without adapters.
+        left_out: parameters that targets of modules cannot reach (fused experts).
+    """
+
+    adapter: str
+    method: str
+    sites: list[SiteSummary]
+    trainable_parameters: int
+    base_parameters: int
+    adapter_bytes: int
+    base_bytes: int
+    left_out: list[str]
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters over all parameters, the adapter's included."""
+        total = self.base_parameters + (0 if self.method == "full" else self.trainable_parameters)
+        return self.trainable_parameters / total if total else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"adapter {self.adapter!r} ({self.method})"]
+        width = max((len(site.name) for site in self.sites), default=4)
+        for site in self.sites:
+            shape = " x ".join(map(str, site.shape))
+            details = " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in site.details.items())
+            lines.append(f"  {site.name:<{width}}  {site.kind:<9} {shape:<15} {details:<16} {site.parameters:>12,}")
+        lines.append(
+            f"  {self.trainable_parameters:,} trainable of {self.base_parameters:,} base parameters ({self.share:.2%}), "
+            f"{self.adapter_bytes:,} bytes beside {self.base_bytes:,}"
+        )
+        if self.left_out:
+            lines.append(f"  not adapted: {len(self.left_out)} fused-expert parameters ({self.left_out[0]}, ...)")
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module, name: str | None = None) -> Summary:
+    """What an adapter changes: sites, shapes, parameters and their share, bytes.
+
+    Args:
+        model: an adapted model.
+        name: the adapter; None means the only active one.
+    """
+    book = book_of(model)
+    if name is None:
+        if len(book.active) != 1:
+            raise InputError(f"{len(book.active)} adapters are active: say which of {', '.join(book.configs) or 'none'}")
+        (name,) = book.active
+    parameters = adapter_parameters(model, name)
+    seen: set[int] = set()
+    sites = []
+    for path, module, part in parts_of(model, name):
+        fresh = [p for p in part.parameters() if id(p) not in seen]
+        seen.update(map(id, fresh))
+        kind = kind_of(module)
+        shape = DenseWeight(module, kind).shape if kind else ()
+        sites.append(
+            SiteSummary(path, kind or type(module).__name__, shape, sum(p.numel() for p in fresh), part.described())
+        )
+    base = {key: p for key, p in model.named_parameters() if "adapted" not in key.split(".")}
+    return Summary(
+        adapter=name,
+        method=method_of(book.configs[name]).name,
+        sites=sites,
+        trainable_parameters=sum(p.numel() for p in parameters.values()),
+        base_parameters=sum(p.numel() for p in base.values()),
+        adapter_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+        base_bytes=sum(p.numel() * p.element_size() for p in base.values()),
+        left_out=fused_experts(model),
+    )
+
+
+def active_method(model: nn.Module, name: str) -> Method:
+    """The method of one adapter."""
+    return method_of(book_of(model).configs[name])

@@ -1,0 +1,123 @@
+"""LoRA's configuration in PEFT's terms, both ways. A field that cannot be honoured is an error that names it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from deltaw.core.errors import InputError
+from deltaw.methods.contract import Method
+from deltaw.methods.lora import LoRA, attach, param_count
+from deltaw.models.targets import shortest_names
+
+#: PEFT's field to ours, where the value carries over as it is.
+_SAME = {
+    "r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "target_modules",
+    "exclude_modules": "exclude_modules",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "use_rslora": "rslora",
+    "bias": "bias",
+    "modules_to_save": "modules_to_save",
+    "layers_to_transform": "layers_to_transform",
+    "layers_pattern": "layers_pattern",
+    "trainable_token_indices": "trainable_tokens",
+    "lora_bias": "lora_bias",
+}
+
+#: Fields that do not change what a trained adapter computes (`fan_in_fan_out` follows from the module's type).
+_INERT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+
+#: Initialisations after which the base is what it was; the others leave the base changed as well.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def from_peft(fields: dict[str, Any]) -> LoRA:
+    """PEFT's `LoraConfig` fields as a `LoRA`.
+
+    Raises:
+        InputError: a field whose value would change the result and is not supported here, by name; all are listed.
+    """
+    refused = []
+    init = fields.get("init_lora_weights", True)
+    if init not in _INITS:
+        refused.append(
+            f"init_lora_weights={init!r} (it changes the base; save it from PEFT with path_initial_model_for_weight_conversion)"
+        )
+    for key, value in fields.items():
+        if key in _SAME or key in _INERT or key == "init_lora_weights":
+            continue
+        if value not in (None, False, [], {}, ""):
+            refused.append(f"{key}={value!r}")
+    if refused:
+        raise InputError(f"adapter_config.json asks for what deltaw does not have: {'; '.join(refused)}")
+    given = {ours: fields[theirs] for theirs, ours in _SAME.items() if fields.get(theirs) is not None}
+    if "target_modules" not in given:
+        raise InputError("adapter_config.json names no target_modules: expected a list of names or a regular expression")
+    if "alpha" not in given:
+        given["alpha"] = 8
+    if "r" not in given:
+        given["r"] = 8
+    if given.get("exclude_modules") in ([], ""):
+        del given["exclude_modules"]
+    if given.get("modules_to_save") == []:
+        del given["modules_to_save"]
+    if given.get("layers_to_transform") == []:
+        del given["layers_to_transform"]
+    return LoRA(**given)
+
+
+def to_peft(config: LoRA, model: nn.Module, sites: list[str]) -> dict[str, Any]:
+    """A `LoRA` as PEFT's `LoraConfig` fields, its targets spelt so that PEFT finds exactly the same modules."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {
+        "peft_type": "LORA",
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": shortest_names(model, sites),
+        "exclude_modules": None,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "use_rslora": config.rslora,
+        "bias": config.bias,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "trainable_token_indices": config.trainable_tokens,
+        "lora_bias": config.lora_bias,
+        "fan_in_fan_out": any(isinstance(model.get_submodule(site), Conv1D) for site in sites),
+        "init_lora_weights": True,
+    }
+
+
+LORA = Method(
+    name="lora",
+    config=LoRA,
+    scope="site",
+    attach=attach,
+    param_count=param_count,
+    to_peft=to_peft,
+    from_peft=from_peft,
+    peft_type="LORA",
+)

@@ -1,0 +1,171 @@
+"""Sites: the modules of a model that an adapter can sit on, seen as matrices W of shape (out, in).
+
+A site's weight is reached through its module at every use, never kept, so that moving, casting or sharding the model
+afterwards leaves nothing stale behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltaw.core.errors import InputError
+
+Kind = Literal["linear", "conv1d", "embedding"]
+
+
+class DenseWeight:
+    """A 16- or 32-bit weight as a `BaseWeight`: W (out, in) of a linear, a Conv1D (stored (in, out)) or an embedding.
+
+    An embedding with weight (vocab, dim) is the matrix (dim, vocab) applied to one-hot columns.
+    """
+
+    def __init__(self, module: nn.Module, kind: Kind) -> None:
+        self.module = module
+        self.kind = kind
+
+    @property
+    def stored(self) -> Tensor:
+        """The parameter as the module stores it."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def matrix(self) -> Tensor:
+        """W (out, in), a view of the parameter."""
+        return self.stored if self.kind == "linear" else self.stored.t()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.stored.shape
+        return (rows, columns) if self.kind == "linear" else (columns, rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameter's dtype."""
+        return self.stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The parameter's device."""
+        return self.stored.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameter."""
+        return self.stored.numel() * self.stored.element_size()
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X W^T + bias: (..., in) to (..., out)."""
+        return F.linear(x, self.matrix, bias)
+
+    def t_matmul(self, grad: Tensor) -> Tensor:
+        """G W: (..., out) to (..., in)."""
+        return grad @ self.matrix
+
+    def dequantize(self, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The rows of W (rows, in), cast when `dtype` is given; may share memory with the parameter."""
+        matrix = self.matrix.detach() if rows is None else self.matrix.detach()[rows]
+        return matrix if dtype is None else matrix.to(dtype)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module that can be adapted.
+
+    Attributes:
+        name: its path in the model, as `named_modules` gives it.
+        module: the module itself.
+        kind: what it is; a linear's input is (..., in), an embedding's are token ids (...).
+        weight: its frozen weight.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    kind: Kind
+    weight: DenseWeight = field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.weight.shape
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """What an adapter would see in `module`, or None where no adapter can sit."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return "conv1d"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return None
+
+
+def site_of(name: str, module: nn.Module) -> Site:
+    """The site of one module.
+
+    Raises:
+        InputError: the module is not of a kind that can be adapted.
+    """
+    kind = kind_of(module)
+    if kind is None:
+        children = [child for child, _ in module.named_children()]
+        inside = f"; name one of its parts instead: {', '.join(children[:8])}" if children else ""
+        raise InputError(
+            f"cannot adapt {name!r}: it is a {type(module).__name__}, not a linear, Conv1D or embedding{inside}"
+        )
+    if kind == "embedding":
+        assert isinstance(module, nn.Embedding)
+        custom = type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale")
+        if custom or module.max_norm is not None or module.sparse:
+            raise InputError(
+                f"cannot adapt {name!r}: {type(module).__name__} with a forward of its own, max_norm or sparse gradients"
+            )
+    return Site(name, module, kind, DenseWeight(module, kind))
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without the modules that adapters have added."""
+    for name, module in model.named_modules():
+        if "adapted" not in name.split("."):
+            yield name, module
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that maps hidden states to logits of the vocabulary, where the model has one."""
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        head = getter() if getter is not None else None
+    except NotImplementedError:
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of 3-D expert parameters, which no target of linear modules reaches."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and "adapted" not in name.split(".") and ".experts." in f".{name}"
+    ]
+
+
+#: Names of the modules on top of a model that are new for a task and so are trained whole.
+TASK_HEADS = ("score", "classifier", "qa_outputs", "classification_head")
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """Paths of a classification model's freshly initialised head, () for a language model."""
+    if not any(part in type(model).__name__ for part in ("ForSequenceClassification", "ForTokenClassification")):
+        return []
+    return [name for name, _ in model.named_children() if name in TASK_HEADS]
