@@ -1,0 +1,183 @@
+"""The cross-entropy of a linear head that never holds all logits, as one autograd function.
+
+The loss and its gradients are made together, a chunk of tokens at a time, as in Hsu et al., "Liger Kernel: Efficient
+Triton Kernels for LLM Training", arXiv 2410.10989, section 3.2.
+
+Symbols, N tokens, vocabulary V: h (N, d), W (V, d), b (V,), y (N,) targets, s the logit scale, c the soft cap.
+
+    u = s (h W^T + b)        z = c tanh(u / c), or u without a cap        p = softmax(z)        L = -sum_n log p_n[y_n]
+    G = dL/du = (p - onehot(y)) (1 - tanh(u / c)^2)        dh = s G W        dW = s G^T h        db = s sum_n G_n
+
+Measured on two Zen 4 cores, forward and backward with W frozen, 1,024 tokens, d 576, V 49,152, against `F.linear`, a
+cast to float32 and `F.cross_entropy`, interleaved, medians: 0.86 s to 1.52 s in float32 and 0.61 s to 0.99 s in
+bfloat16 (the two products alone: 0.94 s and 0.36 s, on another run whose stock took 1.29 s and 0.84 s).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deltaw.core.errors import InputError
+
+#: Logits of one chunk. Chunks that fit the last-level cache save passes over memory and lose more in the products: in
+#: the setting above 32, 64, 128, 256 and 512 tokens took 1.95, 1.47, 1.34, 1.17 and 1.06 s in float32, and 0.82, 0.67,
+#: 0.57, 0.49 and 0.48 s in bfloat16; 1,024 at once were no faster than 512.
+CHUNK_LOGITS = 1 << 25
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk: int,
+        softcap: float | None,
+        scale: float,
+        wanted: tuple[bool, bool, bool],
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        grad_hidden = hidden.new_empty(hidden.shape) if wanted[0] else None
+        grad_weight = weight.new_zeros(weight.shape, dtype=wide) if wanted[1] else None
+        grad_bias = weight.new_zeros(weight.shape[0], dtype=wide) if wanted[2] else None
+        narrow_buffer = hidden.new_empty(chunk, weight.shape[0])
+        # Softmax of a bfloat16 chunk copied to float32 was faster on CPU than any softmax that reads bfloat16.
+        wide_buffer = narrow_buffer if hidden.dtype == wide else torch.empty_like(narrow_buffer, dtype=wide)
+        total = hidden.new_zeros((), dtype=wide)
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            x, target = hidden[rows], targets[rows, None]
+            grad, logits = narrow_buffer[: len(x)], wide_buffer[: len(x)]
+            torch.mm(x, weight.t(), out=grad)
+            if hidden.dtype != wide:
+                logits.copy_(grad)
+            if bias is not None:
+                logits.add_(bias)
+            if scale != 1.0:
+                logits.mul_(scale)
+            if softcap is not None:
+                bent = torch.tanh(logits.div_(softcap))
+                torch.mul(bent, softcap, out=logits)
+            # CPU kernels go row by row and may write over their input; elsewhere nothing promises it.
+            log_p = torch.log_softmax(logits, -1, out=logits if logits.is_cpu else None)
+            log_p_target = log_p.gather(1, target)
+            total -= log_p_target.sum()
+            if not any(wanted):
+                continue
+            torch.exp(log_p, out=grad)
+            # A bfloat16 p near 1 would round p - 1, all the gradient there is, to 0.
+            grad.scatter_(1, target, torch.expm1(log_p_target).to(grad.dtype))
+            if softcap is not None:
+                grad.mul_(bent.square_().neg_().add_(1.0))
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                if hidden.dtype == wide:
+                    grad_weight.addmm_(grad.t(), x)
+                else:
+                    grad_weight.add_(torch.mm(grad.t(), x))
+            if grad_bias is not None:
+                grad_bias.add_(grad.sum(0, dtype=wide))
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.scale = scale
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        factor = grad_output * ctx.scale
+        # Out of place, since a retained graph may be walked twice; the cast rides along in the same pass.
+        grads = [
+            None if grad is None else torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None, None, None, None, None)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: Literal["sum", "mean"] = "sum",
+    ignore_index: int = -100,
+) -> Tensor:
+    """Cross-entropy of softmax(softcap(logit_scale (hidden weight^T + bias))), holding a chunk of logits at a time.
+
+    Products run in the inputs' dtype (autocast's where it is on); softmax, the loss and sums over chunks in float32, or
+    in float64 for float64 inputs. Gradients are made in the forward pass, for those inputs only that want them, so what
+    is kept for the backward pass is as large as `hidden` (and as `weight` in float32 where it is trained). Extra
+    memory: two chunks of logits, three with a soft cap. Differentiable once.
+
+    Args:
+        hidden: (tokens, d).
+        weight: (vocab, d), `hidden`'s dtype.
+        targets: (tokens,), integers from 0 to vocab - 1, or `ignore_index`.
+        bias: (vocab,) or None.
+        chunk_tokens: tokens of one chunk; None takes as many as make `CHUNK_LOGITS` logits.
+        softcap: c of c tanh(logits / c), or None.
+        logit_scale: multiplies the logits before the cap.
+        reduction: "sum" over the targets, or "mean" over those that are not ignored.
+        ignore_index: the target that carries no loss; such tokens are left out before the product.
+
+    Returns:
+        The loss, shape (), float32 (float64 for float64 inputs). With nothing but ignored targets it is 0 for both
+        reductions, with zero gradients, where `F.cross_entropy`'s mean is NaN.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit, a target outside the vocabulary (looked for on CPU only), an
+            unknown reduction.
+    """
+    _check(hidden, weight, targets, bias, chunk_tokens, reduction)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    targets = targets.to(hidden.device, torch.int64)
+    index = (targets != ignore_index).nonzero()[:, 0]
+    if len(index) < len(targets):
+        hidden, targets = hidden[index], targets[index]
+    count, vocab = len(targets), weight.shape[0]
+    if count and targets.device.type == "cpu" and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+        raise InputError(
+            f"targets go from {int(targets.min())} to {int(targets.max())}: expected 0 to {vocab - 1}, the head's "
+            f"vocabulary, or {ignore_index} for no loss"
+        )
+    limit = chunk_tokens or max(1, CHUNK_LOGITS // vocab)
+    # Chunks of equal size: a small rest costs nearly as much time as a full chunk.
+    chunk = max(1, -(-count // max(1, -(-count // limit))))
+    graph = torch.is_grad_enabled()
+    wanted = tuple(graph and t is not None and t.requires_grad for t in (hidden, weight, bias))
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, chunk, softcap, logit_scale, wanted)
+    return total / count if reduction == "mean" and count else total
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk_tokens: int | None, reduction: str
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise InputError(
+            f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}: expected (tokens, d) and (vocab, d)"
+        )
+    if targets.shape != hidden.shape[:1] or targets.is_floating_point():
+        raise InputError(
+            f"targets are {targets.dtype} of shape {tuple(targets.shape)}: expected integers, ({hidden.shape[0]},)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise InputError(f"hidden is {hidden.dtype} and weight {weight.dtype}: expected one dtype for both, cast one")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise InputError(f"chunk_tokens={chunk_tokens}: expected at least 1, or None")
+    if reduction not in ("sum", "mean"):
+        raise InputError(f"reduction {reduction!r}: expected 'sum' or 'mean'")
