@@ -31,12 +31,42 @@ Path_ = str | os.PathLike[str]
 
 
 def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """An adapter's tensors under PEFT's keys, on the CPU."""
+    """An adapter's tensors under PEFT's keys, on the CPU; sharded ones are gathered, so every process must call it."""
+
+    def whole(tensor: Tensor) -> Tensor:
+        gather = getattr(tensor, "full_tensor", None)
+        return tensor if gather is None else gather()
+
     return {
-        f"{PREFIX}{path}{key}": tensor.to("cpu").contiguous()
+        f"{PREFIX}{path}{key}": whole(tensor).to("cpu").contiguous()
         for path, _, part in parts_of(model, name)
         for key, tensor in part.tensors().items()
     }
+
+
+def write_state(
+    model: nn.Module, name: str, state: dict[str, Tensor], folder: Path, *, base_model: str | None = None
+) -> None:
+    """Writes `adapter_state`'s tensors and the configuration into a folder that is made for it."""
+    from safetensors.torch import save_file
+
+    config = book_of(model).configs[name]
+    method = method_of(config)
+    if method.to_peft is None:
+        raise InputError(
+            f"{name!r} is {method.name}, which trains the model itself: save the model with dw.save_model(model, path)"
+        )
+    empty = next((key for key, tensor in state.items() if not tensor.numel()), None)
+    if empty is not None:
+        raise InputError(f"{empty} is empty: gather sharded parameters before saving")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_json(folder / CONFIG_FILE, peft_config(model, name, method, config, base_model))
+
+
+def load_state(model: nn.Module, name: str, folder: Path) -> None:
+    """Puts the tensors of a folder into an adapter that is on the model already."""
+    _fill(model, name, _read_tensors(folder), folder)
 
 
 def save_adapter(model: nn.Module, path: Path_, *, name: str | None = None, base_model: str | None = None) -> Path:
@@ -51,23 +81,10 @@ def save_adapter(model: nn.Module, path: Path_, *, name: str | None = None, base
     Raises:
         InputError: no such adapter, several and no name, or a method that has no such file.
     """
-    from safetensors.torch import save_file
-
     name = _only(model, name)
-    config = book_of(model).configs[name]
-    method = method_of(config)
-    if method.to_peft is None:
-        raise InputError(
-            f"{name!r} is {method.name}, which trains the model itself: save the model with dw.save_model(model, path)"
-        )
-    fields = peft_config(model, name, method, config, base_model)
-    tensors = adapter_state(model, name)
-    if any(not tensor.numel() for tensor in tensors.values()):
-        empty = next(key for key, tensor in tensors.items() if not tensor.numel())
-        raise InputError(f"{empty} is empty: gather sharded parameters before saving")
+    state = adapter_state(model, name)
     with atomic_folder(path) as folder:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(folder / CONFIG_FILE, fields)
+        write_state(model, name, state, folder, base_model=base_model)
     return Path(path)
 
 
