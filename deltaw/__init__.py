@@ -33,7 +33,7 @@ _PUBLIC = {
     "InputError": "deltaw.core.errors",
     "RunError": "deltaw.core.errors",
     "TrainConfig": "deltaw.train",
-    "train": "deltaw.train",
+    "train": "deltaw.studies.job",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604

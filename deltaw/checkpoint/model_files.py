@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +145,33 @@ def _is_decoder(config: Any) -> bool:
     return not masked or bool(getattr(config, "is_decoder", False))
 
 
-def default_task_is_generative(source: str | os.PathLike[str]) -> bool:
-    """Whether the model at `source` is a decoder or an encoder-decoder, by its configuration alone."""
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's configuration tells before its weights are read.
+
+    Attributes:
+        generative: a decoder or an encoder-decoder, as opposed to a BERT-like encoder.
+        positions: how many positions it has; None where nothing limits them.
+    """
+
+    generative: bool
+    positions: int | None
+
+
+def model_facts(source: str | os.PathLike[str]) -> ModelFacts:
+    """Reads a model's configuration only.
+
+    Raises:
+        InputError: no such model.
+        RunError: the hub cannot be reached.
+    """
     import transformers
 
     with _quiet_transformers():
         config = _load(transformers.AutoConfig, resolve(source).path_or_id, source)
-    return bool(config.is_encoder_decoder) or (
-        type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and _is_decoder(config)
-    )
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and _is_decoder(config)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return ModelFacts(bool(config.is_encoder_decoder) or causal, int(positions) if positions else None)
 
 
 def _load(auto: Any, path_or_id: str, source: Any, **options: Any) -> Any:

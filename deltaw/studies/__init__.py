@@ -1,0 +1,1 @@
+"""Whole stories told with several rooms: a training job, quickstart."""

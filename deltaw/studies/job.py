@@ -1,0 +1,360 @@
+"""A training job, from a configuration to a run folder with a report: the whole story in `run_job`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+from deltaw.checkpoint import load_adapter, load_model, load_tokenizer, save_adapter, save_model
+from deltaw.checkpoint.model_files import ModelFacts, model_facts
+from deltaw.core.errors import DeltawError, InputError
+from deltaw.data import Collator, encode, pack
+from deltaw.data.packing import check_packing
+from deltaw.evaluate.task import Evaluation, TaskEvaluator, masking_collator, metric_function
+from deltaw.methods import Full, adapt, adapter_names, method_of, set_adapter, summary
+from deltaw.models.sites import task_heads
+from deltaw.report import write_report
+from deltaw.studies.rows import RunRows, rows_record, run_rows
+from deltaw.train import RunFolder, TrainConfig, fit
+from deltaw.train.config import make_config, read_yaml
+from deltaw.train.loop import is_first_process
+from deltaw.train.run_folder import device_record, peak_memory_bytes
+
+Say = Callable[[str], None]
+
+#: Tokens a sequence where nothing is given and the model has as many positions.
+DEFAULT_LENGTH = 512
+
+
+def train(config: TrainConfig | None = None, *, say: Say = lambda line: None, **keys: Any) -> Path:
+    """Trains, evaluates and reports: what `deltaw train` does.
+
+    Args:
+        config: the run; or its keys as keywords (`model=...`, `data=...`, `r=8`).
+        say: takes lines of progress.
+
+    Returns:
+        The run folder.
+    """
+    return run_job(config or make_config(keys), command="deltaw.train(...)", say=say).path
+
+
+def resume(folder: str | Path, *, command: str = "", say: Say = lambda line: None) -> RunFolder:
+    """Goes on with a run from its last whole checkpoint, with the configuration it was started with."""
+    path = Path(folder)
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"no run at {path}: expected a folder that deltaw train wrote (with config.yaml in it)")
+    config = make_config({**read_yaml(path / "config.yaml"), "output": str(path)})
+    return run_job(config, command=command, say=say, resuming=True)
+
+
+def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = False) -> RunFolder:
+    """Reads the data, loads the model, measures it, trains, measures again, saves and reports."""
+    began = time.perf_counter()
+    first = is_first_process()
+    if not config.output:
+        raise InputError("no output: name the run folder to write")
+    facts = model_facts(config.model)
+    rows = run_rows(config, generative=facts.generative)
+    config = resolved(config, rows, facts)
+    run = _open(config, command, first, resuming)
+    if resuming and run.record.get("status") == "done":
+        say(f"{run.path} is done already")
+        return run
+    with _recorded(run):
+        tokenizer = load_tokenizer(config.model)
+        model = load_job_model(config, rows)
+        name = add_adapter(model, config)
+        sites = summary(model, name)
+        examples, collator, counts = training_examples(config, rows, tokenizer, model)
+        evaluators = _evaluators(config, rows, tokenizer)
+        _describe(run, config, rows, model, sites, counts, evaluators)
+        say(_plan_line(config, rows, sites, len(examples)))
+        for set_name, record in run.record["data"].items():
+            say(_counts_line(set_name, record))
+
+        before, answers_before = _before(config, run, model, name, evaluators.get("test"), resuming, say)
+        fitted = fit(
+            model,
+            name,
+            examples,
+            collator,
+            config,
+            run,
+            evaluate=metric_function(evaluators["eval"]) if "eval" in evaluators else None,
+            resume=resuming,
+            say=say,
+        )
+        _save(model, name, tokenizer, config, run)
+        started = time.perf_counter()
+        after, answers_after = _measure(model, evaluators.get("test"))
+        eval_s = time.perf_counter() - started
+        _finish(run, config, rows, evaluators.get("test"), before, after, sites.adapter_bytes)
+        if evaluators.get("test") is not None:
+            run.write_examples(evaluators["test"].example_rows(answers_before, answers_after))
+        run.record["cost"] = {
+            "train_s": round(fitted.seconds, 3),
+            "eval_s": round(eval_s, 3),
+            "total_s": round(time.perf_counter() - began, 3),
+            "steps": fitted.steps,
+            "tokens": fitted.tokens,
+            "tokens_per_s": round(fitted.tokens / fitted.seconds, 1),
+            "peak_memory_bytes": max(fitted.peak_memory_bytes, peak_memory_bytes(model.device)),
+            "adapter_bytes": sites.adapter_bytes,
+        }
+        if fitted.best_step is not None:
+            run.record["cost"]["best_step"] = fitted.best_step
+    if first:
+        run.save(status="done")
+        write_report(run.path)
+    return run
+
+
+def resolved(config: TrainConfig, rows: RunRows, facts: ModelFacts) -> TrainConfig:
+    """The configuration with what the rows and the model decide filled in.
+
+    Raises:
+        InputError: a length beyond the model's positions.
+    """
+    length = config.max_length or min(DEFAULT_LENGTH, facts.positions or DEFAULT_LENGTH)
+    if facts.positions is not None and length > facts.positions:
+        raise InputError(
+            f"max_length is {length} and {config.model} has {facts.positions} positions: choose at most {facts.positions}"
+        )
+    metric = config.metric or ("f1" if rows.task == "token-classification" else "loss")
+    return dataclasses.replace(config, task=rows.task, max_length=length, metric=metric)
+
+
+def length_of(config: TrainConfig) -> int:
+    """Tokens a sequence, of a resolved configuration."""
+    assert config.max_length is not None
+    return config.max_length
+
+
+def load_job_model(config: TrainConfig, rows: RunRows) -> Any:
+    """The model for a run's task, with classes named where the task has them."""
+    whole = method_of(config.method_config).trains_base
+    return load_model(
+        config.model,
+        task=rows.task,
+        # Trained weights are kept in float32: small updates vanish in bfloat16.
+        dtype="float32" if whole and config.dtype == "auto" else config.dtype,
+        device=config.device,
+        labels=rows.labels if rows.task.endswith("classification") else None,
+        seed=config.seed,
+    )
+
+
+def add_adapter(model: Any, config: TrainConfig) -> str:
+    """Puts the run's adapter on the model: a new one, or the one to go on from; a new head is trained along."""
+    if config.adapter is not None:
+        load_adapter(model, config.adapter, name="default", trainable=True, active=True)
+        return "default"
+    method_config = config.method_config
+    heads = task_heads(model)
+    if heads and not isinstance(method_config, Full):
+        wanted = list(method_config.modules_to_save or ())
+        missing = [head for head in heads if head not in wanted]
+        method_config = dataclasses.replace(method_config, modules_to_save=[*wanted, *missing])
+    adapt(model, method_config, name="default", seed=config.seed)
+    return adapter_names(model)[-1]
+
+
+def training_examples(
+    config: TrainConfig, rows: RunRows, tokenizer: Any, model: Any
+) -> tuple[list[dict[str, list[int]]], Collator, Any]:
+    """Encoded training rows, the collator for them, and what became of the rows."""
+    encoded = encode(
+        rows.train,
+        tokenizer,
+        rows.task,
+        max_length=length_of(config),
+        labels=rows.labels,
+        template=config.rows_template,
+    )
+    if rows.task == "masked-lm":
+        return encoded.examples, masking_collator(tokenizer, config.seed), encoded.counts
+    if config.pack:
+        check_packing(model)
+        packed = pack(encoded.examples, length_of(config))
+        return packed, Collator(rows.task, tokenizer.pad_token_id, packed=True), encoded.counts
+    return encoded.examples, Collator(rows.task, tokenizer.pad_token_id), encoded.counts
+
+
+def _open(config: TrainConfig, command: str, first: bool, resuming: bool) -> RunFolder:
+    if resuming:
+        run = RunFolder.open(config.output, writes=first)
+        run.record.pop("error", None)
+        return run
+    return RunFolder.create(config.output, config=config.plain(), command=command, writes=first)
+
+
+@contextlib.contextmanager
+def _recorded(run: RunFolder) -> Iterator[None]:
+    """Writes into `run.json` how the run failed, if it did."""
+    try:
+        yield
+    except BaseException as error:
+        line = "interrupted" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
+        with contextlib.suppress(DeltawError, OSError):
+            run.save(status="failed", error=line or type(error).__name__)
+        raise
+
+
+def _evaluators(config: TrainConfig, rows: RunRows, tokenizer: Any) -> dict[str, TaskEvaluator]:
+    found: dict[str, TaskEvaluator] = {}
+    for name, held in (("eval", rows.evaluation), ("test", rows.test)):
+        if held is None:
+            continue
+        if name == "test" and held is rows.evaluation:
+            found[name] = found["eval"]
+            continue
+        found[name] = TaskEvaluator(
+            rows.task,
+            held,
+            tokenizer,
+            labels=rows.labels,
+            template=config.rows_template,
+            max_length=length_of(config),
+            batch_size=config.eval_batch_size,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+        )
+    return found
+
+
+def _describe(
+    run: RunFolder,
+    config: TrainConfig,
+    rows: RunRows,
+    model: Any,
+    sites: Any,
+    counts: Any,
+    evaluators: dict[str, TaskEvaluator],
+) -> None:
+    data = {"train": rows_record(rows.train, counts)}
+    for name, evaluator in evaluators.items():
+        if name == "eval" or evaluator is not evaluators.get("eval"):
+            data[name] = rows_record(evaluator.source, evaluator.counts)
+    head = model.get_output_embeddings()
+    dtype = next(model.parameters()).dtype
+    run.save(
+        task=rows.task,
+        device=device_record(model.device, dtype),
+        model={
+            "source": config.model,
+            "family": model.config.model_type,
+            "class": type(model).__name__,
+            "parameters": sites.base_parameters,
+            "tied": head is not None and head.weight is model.get_input_embeddings().weight,
+        },
+        data=data,
+        method={
+            "name": sites.method,
+            "config": {k: v for k, v in config.plain().items() if k in _method_keys(config)},
+            "sites": [
+                {
+                    "name": site.name,
+                    "kind": site.kind,
+                    "shape": list(site.shape),
+                    "parameters": site.parameters,
+                    **site.details,
+                }
+                for site in sites.sites
+            ],
+            "trainable_parameters": sites.trainable_parameters,
+            "total_parameters": sites.base_parameters
+            + (0 if isinstance(config.method_config, Full) else sites.trainable_parameters),
+            "share": sites.share,
+            "adapter_bytes": sites.adapter_bytes,
+        },
+    )
+
+
+def _method_keys(config: TrainConfig) -> set[str]:
+    return {item.name for item in dataclasses.fields(config.method_config)}
+
+
+def _before(
+    config: TrainConfig,
+    run: RunFolder,
+    model: Any,
+    name: str,
+    evaluator: TaskEvaluator | None,
+    resuming: bool,
+    say: Say,
+) -> tuple[Evaluation | None, list[str] | None]:
+    """The untrained model's figures: the bare base, or the model as it is where the base itself is trained."""
+    if evaluator is None or not config.evaluate_before:
+        return None, None
+    if not isinstance(config.method_config, Full) and config.adapter is None:
+        set_adapter(model, None)
+    try:
+        found = _measure(model, evaluator)
+    finally:
+        set_adapter(model, name)
+    assert found[0] is not None
+    say("before: " + metrics_line(found[0].metrics))
+    return found
+
+
+def _measure(model: Any, evaluator: TaskEvaluator | None) -> tuple[Evaluation | None, list[str] | None]:
+    if evaluator is None:
+        return None, None
+    found = evaluator(model)
+    return found, evaluator.example_answers(model, found)
+
+
+def _finish(
+    run: RunFolder,
+    config: TrainConfig,
+    rows: RunRows,
+    evaluator: TaskEvaluator | None,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    adapter_bytes: int,
+) -> None:
+    metrics: dict[str, Any] = {}
+    for when, found in (("before", before), ("after", after)):
+        if found is not None:
+            metrics[when] = {k: v for k, v in found.metrics.items() if math.isfinite(v)}
+            if found.confusion is not None:
+                metrics.setdefault("confusion", {})[when] = found.confusion
+    if evaluator is not None and config.baselines:
+        metrics["baselines"] = evaluator.baselines(rows.train, seed=config.seed)
+    if rows.labels is not None:
+        metrics["labels"] = rows.labels
+    run.record["metrics"] = metrics
+
+
+def _save(model: Any, name: str, tokenizer: Any, config: TrainConfig, run: RunFolder) -> None:
+    if isinstance(config.method_config, Full):
+        if run.writes:
+            save_model(model, run.path / "model", tokenizer=tokenizer)
+    elif run.writes:
+        save_adapter(model, run.path / "adapter", name=name, base_model=config.model)
+
+
+def metrics_line(metrics: dict[str, float]) -> str:
+    """Metrics on one line."""
+    return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
+
+
+def _plan_line(config: TrainConfig, rows: RunRows, sites: Any, examples: int) -> str:
+    trained = f"{sites.trainable_parameters:,} of {sites.base_parameters:,} parameters ({sites.share:.2%})"
+    return f"{rows.task} with {sites.method} on {config.model}: {trained} in {len(sites.sites)} sites, {examples:,} sequences"
+
+
+def _counts_line(name: str, record: dict[str, Any]) -> str:
+    parts = [f"{record['rows']:,} rows", f"{record['tokens']:,} tokens"]
+    parts += [f"{record[key]:,} {key}" for key in ("truncated", "dropped", "empty", "bad")]
+    parts += [f"{record[key]:,} {key}" for key in ("unmatched", "conflicts") if record.get(key)]
+    return f"{name} rows: " + ", ".join(parts)
+
+

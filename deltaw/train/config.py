@@ -1,0 +1,250 @@
+"""What a run is made of: one flat set of keys, the method's own among them, from YAML, flags or Python."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltaw.core.configs import accepts, aliases_of, to_plain
+from deltaw.core.errors import InputError, unknown_name
+from deltaw.data import TASKS, Template
+from deltaw.methods import METHODS
+from deltaw.methods.lora import LoRA
+
+#: Learning rates that suit a method where none is given.
+DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
+
+
+@accepts(lr="learning_rate", per_device_train_batch_size="micro_batch_size", max_seq_length="max_length")
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run, fully resolved.
+
+    Attributes:
+        model: an embedded name (`smollm2-135m`, `minilm`), a folder, a `.gguf` file or a hub id.
+        data: training rows: a JSONL, CSV or Parquet file, or a hub data set's name.
+        output: the run folder.
+        eval_data: rows for evaluation during training; None means that `held_out` splits them off `data`.
+        test_data: rows for the figures before and after; None means the evaluation rows.
+        held_out: a share (float) or number (int) of `data`'s rows to hold out; 0 for none; None means 0.1 where neither
+            `eval_data` nor `test_data` is given.
+        layout: of the rows: `auto`, `text`, `prompt`, `chat`, `label`, `tags`, or `entity` (entity prompts turned into
+            tokens and tags).
+        columns: our field's name to the data's column, where they differ.
+        split: of a hub data set.
+        skip_bad_rows: count malformed rows instead of stopping at the first.
+        task: one of `causal-lm`, `instruct`, `sequence-classification`, `token-classification`, `masked-lm`; None means
+            what the layout and the model suggest.
+        labels: the names of the labels; None means those of the training rows.
+        template: `plain` or `chat`: how prompts are written out.
+        chat_template: Jinja text or `chatml`, in place of the tokenizer's own.
+        label_prompt: how a text with a label is asked; holds `{text}`.
+        max_length: tokens a sequence; None means 512, or the model's positions where it has fewer.
+        pack: put several short rows into one sequence, without attention across them.
+        method: `lora`, `full`, ...; its own options stand beside these.
+        method_config: the method's configuration.
+        adapter: an adapter folder to go on from.
+        epochs: passes over the data; max_steps: optimizer steps, which wins when given.
+        batch_size: rows an optimizer step, over all processes; micro_batch_size: rows a forward pass.
+        learning_rate: None means the method's usual one.
+        warmup_ratio: share of the steps with a linearly rising rate, before the schedule.
+        schedule: `cosine`, `linear` or `constant`.
+        weight_decay, max_grad_norm: AdamW's, and the norm that gradients are clipped to (0: not at all).
+        seed: of everything that is random.
+        dtype: of the base: `auto` (bfloat16 where the device has it), `float32`, `bfloat16`.
+        device: `auto`, `cpu`, `cuda`.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        log_every, eval_every, save_every: steps; 0 for eval and save means once an epoch.
+        keep_checkpoints: how many to keep besides the best.
+        early_stopping: evaluations without improvement after which to stop; 0: never.
+        metric: what "best" means: a metric of the task such as `macro_f1`; None means `loss` (`f1` for entities).
+        eval_batch_size: rows a forward pass in evaluation.
+        max_new_tokens: of generated answers; 0: none are generated.
+        evaluate_before: whether to measure the untrained model too.
+        baselines: whether to measure the majority class and TF-IDF + logistic regression too (or a tag dictionary).
+        tensorboard: also log to TensorBoard, into the run folder.
+    """
+
+    model: str = "smollm2-135m"
+    data: str = ""
+    output: str = ""
+    eval_data: str | None = None
+    test_data: str | None = None
+    held_out: float | int | None = None
+    layout: str = "auto"
+    columns: Mapping[str, str] | None = None
+    split: str = "train"
+    skip_bad_rows: bool = False
+    task: str | None = None
+    labels: Sequence[str] | None = None
+    template: str = "plain"
+    chat_template: str | None = None
+    label_prompt: str = Template().label_prompt
+    max_length: int | None = None
+    pack: bool = False
+    method: str = "lora"
+    method_config: Any = field(default_factory=LoRA)
+    adapter: str | None = None
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    micro_batch_size: int = 8
+    learning_rate: float | None = None
+    warmup_ratio: float = 0.05
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+    log_every: int = 5
+    eval_every: int = 0
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    early_stopping: int = 0
+    metric: str | None = None
+    eval_batch_size: int = 16
+    max_new_tokens: int = 0
+    evaluate_before: bool = True
+    baselines: bool = True
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", DEFAULT_LEARNING_RATE.get(self.method, 2e-4))
+        assert self.learning_rate is not None
+        _check_types(self)
+        problems = []
+        for name in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} is {getattr(self, name)!r}: expected at least 1")
+        for name in ("eval_every", "save_every", "early_stopping", "max_new_tokens", "weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} is {getattr(self, name)!r}: expected 0 or more")
+        if self.max_length is not None and self.max_length < 2:
+            problems.append(f"max_length is {self.max_length!r}: expected at least 2 tokens")
+        if not self.epochs > 0:
+            problems.append(f"epochs is {self.epochs!r}: expected a number above 0")
+        if self.max_steps is not None and self.max_steps < 1:
+            problems.append(f"max_steps is {self.max_steps!r}: expected at least 1")
+        if not self.learning_rate > 0:
+            problems.append(f"learning_rate is {self.learning_rate!r}: expected a number above 0")
+        if not 0 <= self.warmup_ratio < 1:
+            problems.append(f"warmup_ratio is {self.warmup_ratio!r}: expected a share in [0, 1)")
+        if self.batch_size % self.micro_batch_size:
+            problems.append(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
+        if problems:
+            raise InputError("; ".join(problems))
+        _choice("schedule", self.schedule, ("cosine", "linear", "constant"))
+        _choice("method", self.method, list(METHODS))
+        if self.task is not None:
+            _choice("task", self.task, list(TASKS))
+        if self.early_stopping and self.eval_data is None and self.held_out == 0:
+            raise InputError("early_stopping needs evaluation rows: give eval_data, or hold some out with held_out")
+
+    @property
+    def rows_template(self) -> Template:
+        """How rows are written out."""
+        return Template(style=self.template, chat_template=self.chat_template, label_prompt=self.label_prompt)
+
+    def plain(self) -> dict[str, Any]:
+        """Every key with its value, the method's own beside the rest, as `config.yaml` has them."""
+        keys = to_plain(self)
+        del keys["method_config"]
+        return {**keys, **to_plain(self.method_config)}
+
+
+def _choice(what: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise unknown_name(what, value, known)
+
+
+def _check_types(config: TrainConfig) -> None:
+    """YAML gives strings where a number was meant ("2e-4" has no dot): say so instead of failing far away."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        kind = str(item.type)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        optional = value is None and "None" in kind
+        if kind.startswith(("int", "float")) and not number and not optional:
+            raise InputError(f"{item.name} is {value!r}: expected a number")
+        if kind.startswith("int") and "float" not in kind and number and not isinstance(value, int):
+            raise InputError(f"{item.name} is {value!r}: expected a whole number")
+        if kind == "bool" and not isinstance(value, bool):
+            raise InputError(f"{item.name} is {value!r}: expected true or false")
+        if kind.startswith("str") and not isinstance(value, str) and not optional:
+            raise InputError(f"{item.name} is {value!r}: expected text")
+
+
+def known_keys(method: str) -> list[str]:
+    """Every key that a run with `method` takes, accepted spellings included."""
+    config_type = METHODS[method].config
+    own = [item.name for item in dataclasses.fields(TrainConfig) if item.name != "method_config"]
+    return [*own, *aliases_of(TrainConfig), *(f.name for f in dataclasses.fields(config_type)), *aliases_of(config_type)]
+
+
+def make_config(keys: Mapping[str, Any]) -> TrainConfig:
+    """A configuration from flat keys; numbers written as text (YAML's `2e-4`) are read as numbers.
+
+    Raises:
+        InputError: an unknown key, with near ones, or a value out of range.
+    """
+    method = keys.get("method", "lora")
+    if not isinstance(method, str) or method not in METHODS:
+        raise unknown_name("method", str(method), METHODS)
+    config_type = METHODS[method].config
+    own = {item.name for item in dataclasses.fields(TrainConfig)} - {"method_config"} | set(aliases_of(TrainConfig))
+    theirs = {item.name for item in dataclasses.fields(config_type)} | set(aliases_of(config_type))
+    for name in keys:
+        if name not in own | theirs:
+            raise unknown_name("configuration key", str(name), own | theirs)
+    values = {name: _number(value) for name, value in keys.items()}
+    return TrainConfig(
+        **{name: value for name, value in values.items() if name in own},
+        method_config=config_type(**{name: value for name, value in values.items() if name in theirs}),
+    )
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value) if set(value) <= set("0123456789.eE+-") and value[:1].isdigit() else value
+        except ValueError:
+            return value
+    return value
+
+
+def read_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """A configuration from a YAML file, `overrides` (the flags) winning.
+
+    Raises:
+        InputError: no such file, not a mapping of keys, an unknown key.
+    """
+    keys: dict[str, Any] = {}
+    if path is not None:
+        keys = read_yaml(path)
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    return make_config({**keys, **given})
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys of a YAML file."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the configuration {path}: {error}") from None
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}: expected keys and values, such as 'model: smollm2-135m'")
+    return {str(key): value for key, value in found.items()}

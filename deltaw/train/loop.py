@@ -1,0 +1,213 @@
+"""Fitting: one model, one adapter, encoded rows; from the first step or from the last whole checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaw.core.errors import InputError, MissingExtraError
+from deltaw.core.files import explain_os_error
+from deltaw.data import Collator
+from deltaw.fuse.head import install_loss_head, uninstall_loss_head
+from deltaw.methods import method_of
+from deltaw.train.config import TrainConfig
+from deltaw.train.run_folder import RunFolder, peak_memory_bytes
+from deltaw.train.trainer import DeltawTrainer, EvaluateFn
+
+Example = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training came to.
+
+    Attributes:
+        steps: optimizer steps, those before a resume included.
+        tokens: tokens seen, padding excluded, over all of this process' batches.
+        seconds: of training alone.
+        peak_memory_bytes: the most memory in use so far.
+        best_step: the step whose weights the model has, where the best one was asked for; else None.
+        stopped_early: whether early stopping ended it.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    best_step: int | None
+    stopped_early: bool
+
+
+def world_size() -> int:
+    """Processes of this run, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this process writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def fit(
+    model: Any,
+    adapter: str,
+    examples: Sequence[Example],
+    collator: Collator,
+    config: TrainConfig,
+    run: RunFolder,
+    *,
+    evaluate: EvaluateFn | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Fitted:
+    """Trains the active adapter of `model`, in place.
+
+    AdamW, the rate rising linearly over `warmup_ratio` of the steps, then by the schedule; gradients accumulated to
+    `batch_size` rows over all processes; the loss a mean over the tokens of the whole step.
+
+    Args:
+        model: an adapted transformers model on its device.
+        adapter: the adapter to train.
+        examples: encoded rows, as `deltaw.data.encode` or `pack` gives them.
+        collator: for them.
+        config: the run.
+        run: where logs and checkpoints go.
+        evaluate: gives metrics of the model during training; None: no evaluation.
+        resume: go on from the run's last checkpoint, exactly, where it has one.
+        say: takes lines of progress.
+
+    Raises:
+        RunError: a loss that is not finite, trained tensors without gradient, a full disk.
+    """
+    objection = install_loss_head(model)
+    if objection is not None:
+        say(f"loss computed by the model's own forward ({objection})")
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    last = run.last_checkpoint() if resume else None
+    try:
+        trainer = DeltawTrainer(
+            model=model,
+            args=training_arguments(config, run.path, len(examples), model, evaluate is not None),
+            train_dataset=list(examples),
+            # Asked for by Trainer's checks and never read: `evaluate_fn` has its own rows.
+            eval_dataset=None if evaluate is None else list(examples[:1]),
+            data_collator=collator,
+            adapter=adapter,
+            run=run,
+            evaluate_fn=evaluate,
+            say=say,
+            keep_checkpoints=config.keep_checkpoints,
+            callbacks=_callbacks(config, run, evaluate is not None),
+        )
+        if last is not None:
+            step = int(last.name.removeprefix("checkpoint-"))
+            run.cut_log(step)
+            say(f"resuming from step {step}")
+        elif resume:
+            run.cut_log(0)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except OSError as error:
+        raise explain_os_error(error, error.filename or run.path) from error
+    finally:
+        uninstall_loss_head(model)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+    stopped = trainer.state.global_step < trainer.state.max_steps
+    return Fitted(
+        steps=trainer.state.global_step,
+        tokens=int(trainer.tokens_seen),
+        seconds=trainer.seconds(),
+        peak_memory_bytes=peak_memory_bytes(trainer.args.device),
+        best_step=trainer.state.best_global_step if config.early_stopping else None,
+        stopped_early=stopped,
+    )
+
+
+def training_arguments(config: TrainConfig, output: Path, rows: int, model: nn.Module, evaluates: bool) -> Any:
+    """Trainer's arguments for a run."""
+    import transformers
+
+    processes = world_size()
+    if config.batch_size % (config.micro_batch_size * processes):
+        raise InputError(
+            f"batch_size {config.batch_size} is no multiple of micro_batch_size {config.micro_batch_size} x "
+            f"{processes} processes: choose one that is"
+        )
+    accumulation = config.batch_size // (config.micro_batch_size * processes)
+    per_epoch = max(1, math.ceil(math.ceil(rows / (config.micro_batch_size * processes)) / accumulation))
+    total = config.max_steps or math.ceil(config.epochs * per_epoch)
+    device = next(model.parameters()).device
+    steps: dict[str, Any] = {}
+    evaluation = "no" if not evaluates else ("steps" if config.eval_every else "epoch")
+    saving = "steps" if config.save_every else "epoch"
+    if config.early_stopping:
+        # The best weights can only be gone back to where they were kept.
+        saving = evaluation
+        steps |= {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": f"eval_{config.metric}",
+            "greater_is_better": config.metric not in ("loss", "perplexity"),
+            "save_steps": config.eval_every or 500,
+        }
+    elif config.save_every:
+        steps |= {"save_steps": config.save_every}
+    whole = method_of(config.method_config).trains_base
+    return transformers.TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule],
+        warmup_steps=math.ceil(config.warmup_ratio * total),
+        optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=device.type == "cpu",
+        bf16=whole and config.dtype == "auto" and _autocasts(device),
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy=evaluation,
+        eval_steps=config.eval_every or None,
+        save_strategy=saving,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        dataloader_num_workers=0,
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        **steps,
+    )
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _callbacks(config: TrainConfig, run: RunFolder, evaluates: bool) -> list[Any]:
+    import transformers
+
+    found: list[Any] = []
+    if config.early_stopping:
+        if not evaluates:
+            raise InputError("early_stopping needs evaluation rows: give eval_data, or hold some out with held_out")
+        found.append(transformers.EarlyStoppingCallback(early_stopping_patience=config.early_stopping))
+    if config.tensorboard and run.writes:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise MissingExtraError("tensorboard is not installed: pip install 'deltaw[tensorboard]'") from None
+        found.append(transformers.integrations.TensorBoardCallback(SummaryWriter(str(run.path / "tensorboard"))))
+    return found
