@@ -6,6 +6,8 @@ ever read. What is missing, unexpected or of another shape is an error, and leav
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -17,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.errors import InputError
-from deltaw.core.files import atomic_folder, write_json
+from deltaw.core.files import as_os_error, atomic_folder, write_json
 from deltaw.methods.contract import Method
 from deltaw.methods.host import adapt, adapter_names, book_of, delete_adapter, parts_of, set_adapter
 from deltaw.methods.registry import METHODS, method_of
 from deltaw.models.sites import base_modules, task_heads
+from deltaw.models.targets import pattern_value, peft_targets
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -37,17 +40,22 @@ def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
         gather = getattr(tensor, "full_tensor", None)
         return tensor if gather is None else gather()
 
-    return {
-        f"{PREFIX}{path}{key}": whole(tensor).to("cpu").contiguous()
-        for path, _, part in parts_of(model, name)
-        for key, tensor in part.tensors().items()
-    }
+    state: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for path, _, part in parts_of(model, name):
+        for key, tensor in part.tensors().items():
+            value = whole(tensor).to("cpu").contiguous()
+            # A tied pair inside a trained copy is written twice, as PEFT does: safetensors takes no shared storage.
+            state[f"{PREFIX}{path}{key}"] = value.clone() if value.data_ptr() in stored else value
+            stored.add(value.data_ptr())
+    return state
 
 
 def write_state(
     model: nn.Module, name: str, state: dict[str, Tensor], folder: Path, *, base_model: str | None = None
 ) -> None:
     """Writes `adapter_state`'s tensors and the configuration into a folder that is made for it."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     config = book_of(model).configs[name]
@@ -60,7 +68,10 @@ def write_state(
     if empty is not None:
         raise InputError(f"{empty} is empty: gather sharded parameters before saving")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    try:
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise as_os_error(error) from error
     write_json(folder / CONFIG_FILE, peft_config(model, name, method, config, base_model))
 
 
@@ -74,7 +85,7 @@ def save_adapter(model: nn.Module, path: Path_, *, name: str | None = None, base
 
     Args:
         model: an adapted model.
-        path: the folder; written whole or not at all.
+        path: the folder; both files are written or none. What else stands in it is left alone.
         name: which adapter; None means the only one.
         base_model: what `base_model_name_or_path` says; None means what the model was loaded from.
 
@@ -83,7 +94,7 @@ def save_adapter(model: nn.Module, path: Path_, *, name: str | None = None, base
     """
     name = _only(model, name)
     state = adapter_state(model, name)
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, replaces=()) as folder:
         write_state(model, name, state, folder, base_model=base_model)
     return Path(path)
 
@@ -110,8 +121,8 @@ def _task_type(model: nn.Module, copies: Sequence[str]) -> str | None:
         # PEFT takes these two to mean that the head was trained and is in the file.
         trained = all(head in copies for head in heads)
         return ("SEQ_CLS" if "Sequence" in kind else "TOKEN_CLS") if trained else None
-    if kind.endswith("ForConditionalGeneration"):
-        return "SEQ_2_SEQ_LM"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM" if kind.endswith(("ForConditionalGeneration", "WithLMHeadModel")) else None
     return "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
@@ -121,7 +132,7 @@ def read_adapter(path: Path_) -> tuple[Method, Any, dict[str, Tensor]]:
     Raises:
         InputError: no adapter there, a damaged file, a pickle, a method or field that is not supported.
     """
-    folder = Path(path)
+    folder = adapter_folder(path)
     fields = _read_config(folder)
     kind = fields.get("peft_type")
     for name in METHODS:
@@ -133,20 +144,28 @@ def read_adapter(path: Path_) -> tuple[Method, Any, dict[str, Tensor]]:
     raise InputError(f"{folder / CONFIG_FILE}: peft_type {kind!r} is not supported: expected one of {supported}")
 
 
+def adapter_folder(path: Path_) -> Path:
+    """The folder itself, or its `adapter/` where it is a run folder."""
+    folder = Path(path)
+    inside = folder / "adapter"
+    return inside if not (folder / CONFIG_FILE).is_file() and (inside / CONFIG_FILE).is_file() else folder
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if not file.is_file():
         inside = sorted(saved_adapters(folder)) if folder.is_dir() else []
         if inside:
-            raise InputError(f"{folder} holds several adapters: name one of {', '.join(str(folder / n) for n in inside)}")
-        if (folder / "adapter" / CONFIG_FILE).is_file():
-            return _read_config(folder / "adapter")
+            named = ", ".join(str(folder / name) for name in inside)
+            raise InputError(f"{folder} holds several adapters: name one of {named}")
         what = "no such folder" if not folder.exists() else f"no {CONFIG_FILE} in it"
         raise InputError(f"no adapter at {folder}: {what}; give a folder that dw.save_adapter or PEFT wrote")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not JSON ({error}): copy the adapter again") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON ({_one_line(error)}): copy the adapter again") from None
     if not isinstance(fields, dict):
         raise InputError(f"{file} holds {type(fields).__name__}: expected an object of PEFT's fields")
     return fields
@@ -167,6 +186,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise InputError(f"no {WEIGHTS_FILE} in {folder}: the adapter is incomplete")
     try:
         return load_file(file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{file} is damaged or no safetensors file ({_one_line(error)}): copy it again") from None
 
@@ -185,23 +206,21 @@ def load_adapter(
         model: the base it was trained on, adapted or not.
         path: a folder that `save_adapter` or PEFT wrote, or a run folder.
         name: how to call it; None means the folder's name.
-        trainable: whether to go on training it.
+        trainable: whether to go on training it, then in at least float32; else its tensors keep their dtype.
         active: whether to compute with it now, alone; None means only if it is the first.
 
     Raises:
         InputError: not an adapter, or one of another model: the first differences are named, the model is unchanged.
     """
-    folder = Path(path)
-    if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
-        folder = folder / "adapter"
-    method, config, tensors = read_adapter(folder)
+    folder = adapter_folder(path)
+    _, config, tensors = read_adapter(folder)
     if name is None:
         stem = folder.parent.name if folder.name == "adapter" else folder.name
         name = re.sub(r"[^A-Za-z0-9_-]", "-", stem) or "default"
     before = dict(book_of(model).active)
-    config = _exact_modules(model, config)
-    adapt(model, config, name=name, trainable=trainable)
+    adapt(model, _exact_modules(model, config), name=name, trainable=trainable)
     try:
+        _take_dtypes(model, name, tensors, trainable)
         _fill(model, name, tensors, folder)
     except BaseException:
         delete_adapter(model, name)
@@ -214,18 +233,45 @@ def load_adapter(
 
 
 def _exact_modules(model: nn.Module, config: Any) -> Any:
-    """`modules_to_save` as whole paths: PEFT matches its entries against any ending of a path, dot or not."""
-    import dataclasses
+    """The configuration with its modules as whole paths, read as PEFT reads them, which is not how users' are read."""
+    changes: dict[str, Any] = {}
+    targets = getattr(config, "target_modules", None)
+    if targets is not None and targets != "all-linear":
+        chosen = ("exclude_modules", "layers_to_transform", "layers_pattern")
+        paths = peft_targets(model, targets, **{name: getattr(config, name) for name in chosen})
+        changes = {"target_modules": paths, **dict.fromkeys(chosen)}
+        # PEFT passes over patterns that name nothing; here they are mistakes.
+        for field in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(config, field)
+            used = {p: value for p, value in patterns.items() if any(pattern_value({p: 1}, path, 0) for path in paths)}
+            changes[field] = used
+    if wanted := getattr(config, "modules_to_save", None):
+        changes["modules_to_save"] = _saved_paths(model, wanted)
+    return dataclasses.replace(config, **changes) if changes else config
 
-    wanted = getattr(config, "modules_to_save", None)
-    if not wanted:
-        return config
+
+def _saved_paths(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """Paths of `modules_to_save`: PEFT matches its entries against any ending of a path, dot or not."""
     paths = [path for path, _ in base_modules(model) if any(path.endswith(ending) for ending in wanted)]
     missing = [ending for ending in wanted if not any(path.endswith(ending) for path in paths)]
     # PEFT adds both "classifier" and "score" for classification models, whichever the model has.
     if missing and not (paths and set(missing) <= {"classifier", "score"}):
         raise InputError(f"modules_to_save {missing[0]!r} of the adapter is no module of {type(model).__name__}")
-    return dataclasses.replace(config, modules_to_save=paths)
+    return paths
+
+
+def _take_dtypes(model: nn.Module, name: str, tensors: dict[str, Tensor], trainable: bool) -> None:
+    """Gives an adapter's parameters the dtype that the file has, so that nothing is rounded in loading."""
+    for path, _, part in parts_of(model, name):
+        given = [tensors[key] for own in part.tensors() if (key := f"{PREFIX}{path}{own}") in tensors]
+        floating = [tensor.dtype for tensor in given if tensor.is_floating_point()]
+        if not floating:
+            continue
+        if part.replaces:
+            floating += [parameter.dtype for parameter in part.parameters() if parameter.is_floating_point()]
+        elif trainable:
+            floating.append(torch.float32)
+        part.to(functools.reduce(torch.promote_types, floating))
 
 
 def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -233,7 +279,15 @@ def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path)
     for path, _, part in parts_of(model, name):
         for key, tensor in part.tensors().items():
             expected[f"{PREFIX}{path}{key}"] = (part, key, tensor)
-    extra = [key for key in tensors if key not in expected and not _harmless(model, key, tensors[key], folder)]
+    owned = {key: _base_parameter(model, key) for key in expected if key.endswith(".bias")}
+    biases = {id(own): key for key, own in owned.items() if own is not None}
+    extra = [
+        key
+        for key in tensors
+        if key not in expected
+        and not _is_alias(_base_parameter(model, key), key, tensors, biases)
+        and not _harmless(model, key, tensors[key], folder)
+    ]
     missing = [key for key in expected if key not in tensors]
     wrong = [
         f"{key} {tuple(tensors[key].shape)} instead of {tuple(tensor.shape)}"
@@ -250,9 +304,11 @@ def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path)
             f"{folder} does not fit {type(model).__name__}: tensors {'; '.join(problems)}; "
             "load the model that the adapter was trained on"
         )
-    bad = next((key for key in expected if not torch.isfinite(tensors[key]).all()), None)
-    if bad is not None:
-        raise InputError(f"{folder}: {bad} holds NaN or infinity: the adapter is broken")
+    for key, (_, _, tensor) in expected.items():
+        if tensors[key].is_floating_point() != tensor.is_floating_point():
+            raise InputError(f"{folder}: {key} is {tensors[key].dtype}: expected floating-point numbers")
+        if not torch.isfinite(tensors[key]).all():
+            raise InputError(f"{folder}: {key} holds NaN or infinity: the adapter is broken")
     by_part: dict[int, tuple[Any, dict[str, Tensor]]] = {}
     for full_key, (part, key, _) in expected.items():
         by_part.setdefault(id(part), (part, {}))[1][key] = tensors[full_key]
@@ -260,23 +316,36 @@ def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path)
         part.load_tensors(own)
 
 
+def _base_parameter(model: nn.Module, key: str) -> nn.Parameter | None:
+    """The model's own parameter that a key of PEFT's means, if it means one."""
+    module_path, _, parameter = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+    try:
+        return model.get_submodule(module_path)._parameters.get(parameter)
+    except AttributeError:
+        return None
+
+
+def _is_alias(own: nn.Parameter | None, key: str, tensors: dict[str, Tensor], biases: dict[int, str]) -> bool:
+    """Whether a key is the second name of a trained bias that two modules share, and says the same."""
+    first = biases.get(id(own)) if own is not None else None
+    return first is not None and first in tensors and torch.equal(tensors[first], tensors[key])
+
+
 def _harmless(model: nn.Module, key: str, tensor: Tensor, folder: Path) -> bool:
     """Whether a key beyond the adapter's own is a copy that PEFT adds: of base embeddings, of an original module."""
-    path = key.removeprefix(PREFIX)
-    if ".original_module." in path or ".modules_to_save." in path:
+    if ".original_module." in key or ".modules_to_save." in key:
         return True
-    module_path, layer, parameter = path.rpartition(".base_layer.")
-    if not layer:
-        module_path, _, parameter = path.rpartition(".")
-    try:
-        own = model.get_submodule(module_path)._parameters.get(parameter)
-    except AttributeError:
-        return False
+    own = _base_parameter(model, key)
     if own is None:
         return False
-    if own.shape != tensor.shape or not torch.equal(own.detach().cpu().float(), tensor.float()):
+    base = own.detach().cpu()
+    # The base may have been read in a narrower dtype here, or there.
+    same = own.shape == tensor.shape and (
+        torch.equal(base, tensor.to(base.dtype)) or torch.equal(base.to(tensor.dtype), tensor)
+    )
+    if not same:
         raise InputError(
-            f"{folder} carries its own {module_path}.{parameter} {tuple(tensor.shape)}, and the model's differs: "
+            f"{folder} carries its own {key.removeprefix(PREFIX)} {tuple(tensor.shape)}, and the model's differs: "
             "load the model that the adapter was trained on, with the same vocabulary"
         )
     return True
@@ -293,13 +362,20 @@ def saved_adapters(path: Path_) -> dict[str, Path]:
 
 
 def load_adapters(model: nn.Module, path: Path_) -> list[str]:
-    """Loads every adapter of a folder, inactive unless it is the model's first; gives their names."""
+    """Loads every adapter of a folder or none, inactive unless it is the model's first; gives their names."""
     found = saved_adapters(path)
     if not found:
         raise InputError(f"no adapter at {path}: expected {CONFIG_FILE} in it or in its subfolders")
-    for name, folder in found.items():
-        load_adapter(model, folder, name=name)
-    return list(found)
+    loaded: list[str] = []
+    try:
+        for name, folder in found.items():
+            load_adapter(model, folder, name=name)
+            loaded.append(name)
+    except BaseException:
+        for name in loaded:
+            delete_adapter(model, name)
+        raise
+    return loaded
 
 
 def save_adapters(model: nn.Module, path: Path_) -> list[Path]:

@@ -17,8 +17,8 @@ from deltaw.methods.host import AdaptedSite, _forward, _uninstall, book_of, site
 from deltaw.methods.registry import method_of
 from deltaw.models.sites import DenseWeight, base_modules
 
-#: Rows of W that are computed at a time: the float32 temporary stays below about 64 MiB at a width of 16,384.
-_ROWS = 1024
+#: Elements of W that are computed at a time: a float32 temporary of 64 MiB.
+_ELEMENTS = 1 << 24
 
 
 @dataclass
@@ -54,12 +54,13 @@ def merge(model: nn.Module, *, keep_original: bool = True) -> nn.Module:
     if any(method_of(book.configs[name]).trains_base for name in book.active):
         raise InputError("full fine-tuning is in the weights already: save the model with dw.save_model")
     with torch.no_grad():
-        changed: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        changed: dict[Any, nn.Parameter] = {}
         plan: list[tuple[nn.Module, str, nn.Parameter]] = []
         for path, module, site in sites_of(model):
             chosen = list(site.chosen())
             if chosen:
                 plan += _merged_parameters(path, module, site, chosen, changed)
+        plan += _same_biases(model, plan)
         tie = _untie(model, plan)
         originals = [(owner, name, owner._parameters[name]) for owner, name, _ in plan]
         for owner, name, new in plan:
@@ -101,7 +102,7 @@ def _merged_parameters(
     module: nn.Module,
     site: AdaptedSite,
     chosen: list[tuple[Any, float]],
-    changed: dict[int, tuple[nn.Parameter, nn.Parameter]],
+    changed: dict[Any, nn.Parameter],
 ) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """(owner, parameter name, new parameter) for one module."""
     plan: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -114,7 +115,11 @@ def _merged_parameters(
             owner = module.get_submodule(inner)
             old = owner._parameters[leaf]
             assert old is not None
-            plan.append((owner, leaf, nn.Parameter(value.to(old.dtype, copy=True), requires_grad=False)))
+            # Parameters that the copy shares among its own modules go on being shared.
+            shared = (value.data_ptr(), value.shape)
+            if shared not in changed:
+                changed[shared] = nn.Parameter(value.to(old.dtype, copy=True), requires_grad=False)
+            plan.append((owner, leaf, changed[shared]))
     updates = [(part, weight) for part, weight in chosen if not part.replaces]
     with_delta = [(part, weight) for part, weight in updates if part.delta(slice(0, 1)) is not None]
     shifts = [(part.shift(), weight) for part, weight in updates if part.shift() is not None]
@@ -122,17 +127,12 @@ def _merged_parameters(
         raise InputError(f"an active adapter on {path} depends on the input and cannot be merged")
     if with_delta:
         assert site.weight is not None
-        old_weight = module.weight
-        assert isinstance(old_weight, nn.Parameter)
-        tokens_only = all(isinstance(part, TokenRows) for part, _ in with_delta)
-        if tokens_only and id(old_weight) in changed:
-            plan.append((module, "weight", changed[id(old_weight)][1]))
-        else:
-            new = nn.Parameter(_sum(site.weight, with_delta), requires_grad=False)
-            if tokens_only:
-                # The tied twin of trained rows must go on sharing them.
-                changed[id(old_weight)] = (old_weight, new)
-            plan.append((module, "weight", new))
+        # Rows trained for a tied pair must go on being shared: both have the same parts, by the rows that they hold.
+        same = [(id(part.rows) if isinstance(part, TokenRows) else id(part), weight) for part, weight in with_delta]
+        key = (id(module.weight), *same)
+        if key not in changed:
+            changed[key] = nn.Parameter(_sum(site.weight, with_delta), requires_grad=False)
+        plan.append((module, "weight", changed[key]))
     if shifts:
         bias = module._parameters.get("bias")
         if bias is None:
@@ -153,13 +153,29 @@ def _sum(weight: DenseWeight, parts: list[tuple[Any, float]]) -> Tensor:
     stored = weight.stored.detach()
     new = torch.empty_like(stored)
     target = new if weight.kind == "linear" else new.t()
-    for start in range(0, weight.shape[0], _ROWS):
-        rows = slice(start, min(start + _ROWS, weight.shape[0]))
+    step = max(1, _ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, min(start + step, weight.shape[0]))
         total = weight.dequantize(rows, _wide(stored.dtype)).clone()
         for part, scale in parts:
             total.add_(part.delta(rows), alpha=scale)
         target[rows] = total.to(stored.dtype)
     return new
+
+
+def _same_biases(
+    model: nn.Module, plan: list[tuple[nn.Module, str, nn.Parameter]]
+) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The new bias for the other owners of a bias that changes: one bias under two names is no tie to be undone."""
+    new = {id(owner._parameters[name]): value for owner, name, value in plan if name == "bias"}
+    planned = {(id(owner), name) for owner, name, _ in plan}
+    return [
+        (module, "bias", new[id(bias)])
+        for _, module in base_modules(model)
+        if (bias := module._parameters.get("bias")) is not None
+        and id(bias) in new
+        and (id(module), "bias") not in planned
+    ]
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -13,13 +13,16 @@ import torch
 from torch import nn
 
 from deltaw.core.errors import InputError, RunError, unknown_name
-from deltaw.core.files import atomic_folder
+from deltaw.core.files import as_os_error, atomic_folder
 from deltaw.core.generators import generator
 from deltaw.methods.host import book_of, sites_of
 from deltaw.models.sites import task_heads
 from deltaw.models.sources import explain_hub_error, resolve
 
 TASKS = ("causal-lm", "instruct", "sequence-classification", "token-classification", "masked-lm")
+
+#: What transformers would read as weights.
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,14 +36,14 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     except RuntimeError:
         raise InputError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from None
     if made.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {str(device)!r} was asked for and torch {torch.__version__} sees no CUDA device: use cpu")
+        raise InputError(f"device {str(device)!r}: torch {torch.__version__} sees no CUDA device; use cpu")
     return made
 
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
@@ -180,7 +183,7 @@ def _load(auto: Any, path_or_id: str, source: Any, **options: Any) -> Any:
     try:
         return auto.from_pretrained(path_or_id, trust_remote_code=False, **options)
     except SafetensorError as error:
-        raise InputError(f"{path_or_id} holds a damaged safetensors file ({_line(error)}): copy the model again") from None
+        raise InputError(f"{path_or_id} holds a damaged safetensors file ({_line(error)}): copy it again") from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if not Path(path_or_id).exists() and isinstance(error, OSError):
             raise explain_hub_error(str(source), error) from None
@@ -234,20 +237,27 @@ def save_model(model: Any, path: str | os.PathLike[str], *, tokenizer: Any = Non
 
     Args:
         model: a transformers model without unmerged adapters.
-        path: the folder; written whole or not at all.
+        path: the folder; written whole or not at all. Older weights in it go, what else stands there is left alone.
         tokenizer: written beside it when given.
 
     Raises:
         InputError: adapters are on the model and not merged.
     """
+    from safetensors import SafetensorError
+
     if any(True for _ in sites_of(model)):
         names = ", ".join(book_of(model).configs)
-        raise InputError(f"the adapters {names} are not merged: call dw.merge(model) first, or dw.save_adapter for them")
-    with atomic_folder(path) as folder, _quiet_transformers():
+        raise InputError(
+            f"the adapters {names} are not merged: call dw.merge(model) first, or dw.save_adapter for them"
+        )
+    if (Path(path) / "adapter_config.json").exists():
+        raise InputError(f"{path} holds an adapter, which transformers would put on top: choose another folder")
+    with atomic_folder(path, replaces=_WEIGHTS) as folder, _quiet_transformers():
         try:
             model.save_pretrained(folder, safe_serialization=True)
+        except SafetensorError as error:
+            raise as_os_error(error) from error
         except RuntimeError as error:
-            # safetensors' own error for a full disk is no OSError.
             raise RunError(f"could not write the model to {path}: {_line(error)}") from None
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -29,7 +29,9 @@ def accepts(**aliases: str) -> Callable[[type[T]], type[T]]:
                     raise unknown_name(f"{cls.__name__} option", name, [*names, *aliases])
                 if name != field:
                     if field in kwargs:
-                        raise InputError(f"{cls.__name__} was given both {field} and {name}, which mean the same: give one")
+                        raise InputError(
+                            f"{cls.__name__} was given both {field} and {name}, which mean one thing: give one"
+                        )
                     kwargs[field] = kwargs.pop(name)
                     given[field] = name
             object.__setattr__(self, "_given", given)

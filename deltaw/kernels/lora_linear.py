@@ -2,7 +2,8 @@
 
 LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3.
 
-Symbols, T tokens in all: x (..., in), W (out, in), A (r, in), B (out, r), b (out,), y (..., out), g = dL/dy (..., out).
+Symbols, T tokens in all: x (..., in), W (out, in), A (r, in), B (out, r), b (out,), y (..., out), g = dL/dy
+(..., out).
 With h = x A^T (T, r) and k = scale g B (T, r):
 
     dA = k^T x        dB = scale g^T h        dx = g W + k A        db = sum of g over tokens
@@ -25,18 +26,18 @@ from deltaw.core.protocols import BaseWeight
 
 
 def draw_dropout_seed() -> int:
-    """A seed for one dropout mask, from torch's default generator, whose state checkpoints and recomputation restore."""
+    """A seed for one dropout mask, from torch's default generator, whose state checkpoints and recomputing restore."""
     return int(torch.randint(0, 2**62, (), dtype=torch.int64).item())
 
 
 def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
     """The mask of `draw_dropout_seed`'s seed: 0 with probability p, else 1/(1 - p); shape and dtype of `like`.
 
-    Made again in the backward pass instead of being kept.
+    Made again in the backward pass instead of being kept, and so the same however `like` lies in memory.
     """
     made = torch.Generator(device=like.device)
     made.manual_seed(seed)
-    return torch.empty_like(like).bernoulli_(1.0 - p, generator=made).div_(1.0 - p)
+    return like.new_empty(like.shape).bernoulli_(1.0 - p, generator=made).div_(1.0 - p)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -57,8 +58,9 @@ class _LoraLinear(torch.autograd.Function):
         dropped = flat * dropout_mask(flat, p, seed) if p else flat
         h = dropped @ A.to(x.dtype).t()
         out.addmm_(h, B.to(x.dtype).t(), alpha=scale)
-        ctx.base, ctx.scale, ctx.p, ctx.seed = base, scale, p, seed
-        ctx.save_for_backward(x, A, B, h)
+        ctx.base, ctx.scale, ctx.p, ctx.seed, ctx.shape = base, scale, p, seed, x.shape
+        _, need_A, need_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_A else None, A, B, h if need_B else None)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
@@ -66,15 +68,15 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, A, B, h = ctx.saved_tensors
         need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
-        flat = x.reshape(-1, x.shape[-1])
         g = grad.reshape(-1, grad.shape[-1])
-        mask = dropout_mask(flat, ctx.p, ctx.seed) if ctx.p else None
+        mask = dropout_mask(g.new_empty(()).expand(len(g), ctx.shape[-1]), ctx.p, ctx.seed) if ctx.p else None
         dx = dA = dB = db = None
         if need_B:
             dB = (g.t() @ h).mul_(ctx.scale).to(B.dtype)
         if need_x or need_A:
             k = (g @ B.to(g.dtype)).mul_(ctx.scale)
             if need_A:
+                flat = x.reshape(-1, x.shape[-1])
                 dA = (k.t() @ (flat if mask is None else flat * mask)).to(A.dtype)
             if need_x:
                 dx = ctx.base.t_matmul(g)
@@ -82,7 +84,7 @@ class _LoraLinear(torch.autograd.Function):
                     dx.addmm_(k, A.to(k.dtype))
                 else:
                     dx.addcmul_(k @ A.to(k.dtype), mask)
-                dx = dx.view(x.shape)
+                dx = dx.view(ctx.shape)
         if need_bias:
             db = g.sum(0)
         return dx, dA, dB, db, None, None, None, None

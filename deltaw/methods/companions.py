@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deltaw.core.errors import InputError, near
 from deltaw.core.protocols import LowRank
 from deltaw.methods.contract import Placed
-from deltaw.models.sites import Site, base_modules, output_head, site_of
+from deltaw.models.sites import Site, base_modules, kind_of, site_of
 
 
 class BiasPart(nn.Module):
@@ -23,6 +23,8 @@ class BiasPart(nn.Module):
 
     replaces = False
     dropout = 0.0
+
+    _module: Any
 
     def __init__(self, module: nn.Module, *, on_site: bool, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -39,7 +41,8 @@ class BiasPart(nn.Module):
 
     def shift(self) -> Tensor | None:
         """The trained bias less the module's: (out,)."""
-        return self.bias - self._module.bias.detach().to(self.bias.dtype)
+        base: Tensor = self._module.bias
+        return self.bias - base.detach().to(self.bias.dtype)
 
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """The shift, broadcast over tokens."""
@@ -77,15 +80,22 @@ class TokenRows(nn.Module):
 
     replaces = False
     dropout = 0.0
+    index: Tensor
+    _site: Any
 
     def __init__(
         self, site: Site, indices: Sequence[int], *, dtype: torch.dtype | None, tied_to: TokenRows | None = None
     ) -> None:
         super().__init__()
         stored = site.weight.stored.detach()
-        index = torch.tensor(sorted(set(indices)), dtype=torch.long, device=stored.device)
-        if not len(index) or int(index[0]) < 0 or int(index[-1]) >= stored.shape[0]:
-            raise InputError(f"trainable tokens {list(indices)!r}: expected row numbers of {site.name} below {stored.shape[0]}")
+        wanted = list(indices)
+        whole = all(isinstance(i, int) and 0 <= i < stored.shape[0] for i in wanted)
+        if not wanted or not whole or len(set(wanted)) < len(wanted):
+            raise InputError(
+                f"trainable tokens {wanted!r}: expected distinct row numbers of {site.name} below {stored.shape[0]}"
+            )
+        # The order is kept: PEFT's files hold the rows in the order of the configuration.
+        index = torch.tensor(wanted, dtype=torch.long, device=stored.device)
         self.kind = site.kind
         self.register_buffer("index", index, persistent=False)
         if tied_to is None:
@@ -104,7 +114,8 @@ class TokenRows(nn.Module):
         return None
 
     def _shift(self) -> Tensor:
-        return self.rows - self._site.weight.stored.detach()[self.index].to(self.rows.dtype)
+        stored: Tensor = self._site.weight.stored
+        return self.rows - stored.detach()[self.index].to(self.rows.dtype)
 
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """Adds T - W at chosen tokens (embedding), or h (T - W)^T at chosen logits (head)."""
@@ -121,15 +132,18 @@ class TokenRows(nn.Module):
         return out.index_add(-1, self.index, x.to(shift.dtype) @ shift.t())
 
     def delta(self, rows: slice | None = None) -> Tensor | None:
-        """T - W at the chosen rows of the stored matrix, zero elsewhere: (out, in) rows, float32."""
+        """T - W at the chosen rows of the stored matrix, zero elsewhere: (out, in) rows, at least float32."""
         out_features, in_features = self._site.shape
-        full = torch.zeros((out_features, in_features), dtype=torch.float32, device=self.rows.device)
-        shift = self._shift().detach().float()
+        start, stop, _ = (rows or slice(None)).indices(out_features)
+        shift = self._shift().detach()
+        shift = shift.to(torch.promote_types(shift.dtype, torch.float32))
+        part = shift.new_zeros(stop - start, in_features)
         if self.kind == "embedding":
-            full[:, self.index] = shift.t()
+            part[:, self.index] = shift.t()[start:stop]
         else:
-            full[self.index] = shift
-        return full if rows is None else full[rows]
+            inside = (self.index >= start) & (self.index < stop)
+            part[self.index[inside] - start] = shift[inside]
+        return part
 
     def replacements(self) -> dict[str, Tensor]:
         """None of the module's parameters is replaced whole."""
@@ -151,10 +165,14 @@ class TokenRows(nn.Module):
 
 
 class ModuleCopy(nn.Module):
-    """A whole trained copy of a module, used in its place (`modules_to_save`: a new classifier, a norm, a head)."""
+    """A whole trained copy of a module, used in its place (`modules_to_save`: a new classifier, a norm, a head).
+
+    It computes in its own dtype; where that is not the module's, what goes in and comes out is cast.
+    """
 
     replaces = True
     dropout = 0.0
+    _module: Any
 
     def __init__(self, module: nn.Module, *, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -167,6 +185,14 @@ class ModuleCopy(nn.Module):
             self.copy.to(dtype)
         for parameter in self.copy.parameters():
             parameter.requires_grad_(True)
+        object.__setattr__(self, "_module", module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the copy computes in the module's place."""
+        own, base = _float_dtype(self.copy), _float_dtype(self._module)
+        if own == base or own is None or base is None:
+            return self.copy(*args, **kwargs)
+        return _cast(self.copy(*_cast(args, own), **_cast(kwargs, own)), base)
 
     def low_rank(self) -> LowRank | None:
         """None: a copy has no factors."""
@@ -178,7 +204,7 @@ class ModuleCopy(nn.Module):
 
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """The copy's output less the module's."""
-        replaced: Tensor = self.copy(x)
+        replaced: Tensor = self(x)
         return replaced - base_out
 
     def delta(self, rows: slice | None = None) -> Tensor | None:
@@ -187,7 +213,8 @@ class ModuleCopy(nn.Module):
 
     def replacements(self) -> dict[str, Tensor]:
         """Every parameter of the copy."""
-        return {name: parameter.detach() for name, parameter in self.copy.named_parameters()}
+        named = self.copy.named_parameters(remove_duplicate=False)
+        return {name: parameter.detach() for name, parameter in named}
 
     def tensors(self) -> dict[str, Tensor]:
         """The copy's state under the module's own keys."""
@@ -200,6 +227,26 @@ class ModuleCopy(nn.Module):
     def described(self) -> dict[str, Any]:
         """What it is."""
         return {"part": "copy"}
+
+
+def _float_dtype(module: nn.Module) -> torch.dtype | None:
+    own = (p.dtype for name, p in module.named_parameters() if "adapted" not in name.split("."))
+    return next((dtype for dtype in own if dtype.is_floating_point), None)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_cast(item, dtype) for item in value)
+    if type(value) is dict:
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value
+
+
+def _adds_bias(module: nn.Module) -> bool:
+    """Whether the module's `bias` is added to the last axis of its output, so that a shift of it can be."""
+    return kind_of(module) in ("linear", "conv1d") or "LayerNorm" in type(module).__name__
 
 
 def saved_modules(model: nn.Module, names: Sequence[str] | None) -> list[str]:
@@ -216,7 +263,8 @@ def saved_modules(model: nn.Module, names: Sequence[str] | None) -> list[str]:
             ends = {name.rsplit(".", 1)[-1] for name in modules} - {str(i) for i in range(1000)}
             hint = near(wanted, ends) or sorted(ends)[:12]
             raise InputError(
-                f"modules_to_save {wanted!r} matches no module of {type(model).__name__}: near names are {', '.join(hint)}"
+                f"modules_to_save {wanted!r} matches no module of {type(model).__name__}: "
+                f"near names are {', '.join(hint)}"
             )
         found.extend(matched)
     return [name for name in dict.fromkeys(found) if not any(name.startswith(other + ".") for other in found)]
@@ -238,15 +286,34 @@ def companions(
     modules = dict(base_modules(model))
     for path in copied:
         placed.append(Placed(path, ModuleCopy(modules[path], dtype=dtype)))
+    outside = {p: m for p, m in modules.items() if not any(p == c or p.startswith(c + ".") for c in copied)}
     if bias != "none":
-        for path, module in modules.items():
-            inside = any(path == name or path.startswith(name + ".") for name in copied)
-            has = isinstance(getattr(module, "bias", None), nn.Parameter)
-            if has and not inside and (bias == "all" or path in on_site):
-                placed.append(Placed(path, BiasPart(module, on_site=path in on_site, dtype=dtype)))
+        chosen = outside if bias == "all" else {path: outside[path] for path in outside if path in on_site}
+        for path, module in _biased(chosen):
+            placed.append(Placed(path, BiasPart(module, on_site=path in on_site, dtype=dtype)))
     if trainable_tokens is not None:
         placed.extend(_token_parts(model, modules, trainable_tokens, dtype))
+    if both := {item.path for item in placed[len(copied) :]} - set(outside):
+        raise InputError(f"trainable tokens are rows of {min(both)}, which modules_to_save trains whole: choose one")
     return placed
+
+
+def _biased(modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Modules whose bias is to be trained; of several that share one bias, the one that adds it."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    lacking: dict[int, str] = {}
+    for path, module in modules.items():
+        bias = module._parameters.get("bias")
+        if bias is not None and _adds_bias(module):
+            if id(bias) in found:
+                raise InputError(f"{found[id(bias)][0]} and {path} share a bias, which cannot be trained: bias='none'")
+            found[id(bias)] = (path, module)
+        elif bias is not None:
+            lacking.setdefault(id(bias), f"{path}.bias of a {type(module).__name__}")
+    for key, what in lacking.items():
+        if key not in found:
+            raise InputError(f"bias='all' cannot train {what}: use bias='lora_only', or 'none'")
+    return list(found.values())
 
 
 def _token_parts(
@@ -256,6 +323,8 @@ def _token_parts(
     dtype: torch.dtype | None,
 ) -> list[Placed]:
     getter: Any = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if getter is not None else None
+    source = next((path for path, module in modules.items() if module is embedding), "")
     if isinstance(tokens, dict):
         chosen = {}
         for wanted, indices in tokens.items():
@@ -264,19 +333,34 @@ def _token_parts(
                 raise InputError(f"trainable tokens name {wanted!r}, which is no module of {type(model).__name__}")
             chosen.update(dict.fromkeys(paths, indices))
     else:
-        embedding = getter() if getter is not None else None
-        paths = [path for path, module in modules.items() if module is embedding]
-        if not paths:
-            raise InputError(f"{type(model).__name__} has no input embedding: give trainable tokens as {{module: rows}}")
-        chosen = {paths[0]: list(tokens)}
+        if not source:
+            raise InputError(
+                f"{type(model).__name__} has no input embedding: give trainable tokens as {{module: rows}}"
+            )
+        chosen = {source: list(tokens)}
+    # As in PEFT: what is tied to the input embedding follows it, unless it is given rows of its own.
+    twins = _tied_to(modules, source) if source in chosen else []
+    if any(chosen.get(path, chosen[source]) != chosen[source] for path in twins):
+        twins = []
     placed: list[Placed] = []
-    head = output_head(model)
     for path, indices in chosen.items():
+        if path in twins:
+            continue
         part = TokenRows(site_of(path, modules[path]), indices, dtype=dtype)
         placed.append(Placed(path, part))
-        tied = head is not None and head is not modules[path] and head.weight is modules[path].weight
-        if tied:
-            head_path = next(name for name, module in modules.items() if module is head)
-            twin = TokenRows(site_of(head_path, modules[head_path]), indices, dtype=dtype, tied_to=part)
-            placed.append(Placed(head_path, twin))
+        if path == source:
+            placed += [
+                Placed(twin, TokenRows(site_of(twin, modules[twin]), indices, dtype=dtype, tied_to=part))
+                for twin in twins
+            ]
     return placed
+
+
+def _tied_to(modules: dict[str, nn.Module], source: str) -> list[str]:
+    """Paths of the other linears and embeddings whose weight is the very parameter of `source`'s."""
+    weight = modules[source].weight
+    return [
+        path
+        for path, module in modules.items()
+        if path != source and kind_of(module) is not None and module._parameters.get("weight") is weight
+    ]

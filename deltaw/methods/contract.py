@@ -25,7 +25,7 @@ class Part(Protocol):
     """One adapter's share of one module. Always an `nn.Module` too.
 
     Attributes:
-        replaces: True when the part stands in for the whole module instead of adding to its output.
+        replaces: True when the part is called in the module's place instead of adding to its output.
         dropout: probability of dropping an entry of the input of `low_rank`'s product in training.
     """
 
@@ -42,7 +42,7 @@ class Part(Protocol):
         """What the part adds to the module's output, in its shape and dtype, given the module's input and output."""
 
     def delta(self, rows: slice | None = None) -> Tensor | None:
-        """W' - W for rows of the (out, in) matrix, float32; None where the part does not change the matrix."""
+        """W' - W for rows of the (out, in) matrix, in float32 or wider; None where the part leaves the matrix."""
 
     def replacements(self) -> dict[str, Tensor]:
         """Parameters of the module that a merge replaces whole, by name; {} for a part that adds."""

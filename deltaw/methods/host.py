@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class AdaptedSite(nn.Module):
         """The parts of the active adapters with their weights."""
         for name, weight in self.active.items():
             if name in self.parts:
-                for part in self.parts[name]:  # type: ignore[union-attr]
+                for part in cast(nn.ModuleList, self.parts[name]):
                     yield part, weight
 
     def base_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -81,13 +81,13 @@ class AdaptedSite(nn.Module):
                 f"the active adapters {names} train a whole copy of the same module (modules_to_save): "
                 "activate one of them, with weight 1"
             )
-        whole: Callable[..., Any] = copies[0][0].copy
+        whole: Callable[..., Any] = copies[0][0]
         return whole
 
     def _fused(self, module: nn.Module, x: Tensor, chosen: list[tuple[Any, float]]) -> Tensor | None:
         """The one-function path, or None where the parts have no common low-rank form."""
         factors: list[tuple[LowRank, float]] = []
-        bias = module.bias
+        bias: Any = module.bias
         dropouts = set()
         for part, weight in chosen:
             low, shift = part.low_rank(), part.shift()
@@ -140,11 +140,8 @@ class Book:
 
 
 def book_of(model: nn.Module) -> Book:
-    """The model's book, made empty on first use."""
-    found = model.__dict__.get("_deltaw")
-    if found is None:
-        found = Book()
-        model.__dict__["_deltaw"] = found
+    """The model's book; an empty one, which the model does not keep, where it has no adapter."""
+    found = model.__dict__.get("_deltaw", None) or Book()
     assert isinstance(found, Book)
     return found
 
@@ -161,7 +158,7 @@ def parts_of(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Any]
     """(path, module, part) of everything that one adapter put on the model."""
     for path, module, site in sites_of(model):
         if name in site.parts:
-            for part in site.parts[name]:  # type: ignore[union-attr]
+            for part in cast(nn.ModuleList, site.parts[name]):
                 yield path, module, part
 
 
@@ -181,7 +178,7 @@ def adapt(
         config: a method's configuration (`dw.LoRA(...)`, `dw.Full()`).
         name: the adapter's name: letters, digits, `_` and `-`.
         seed: with the site's name, decides the starting values; the global generator is not used.
-        dtype: of the new parameters; None means float32, whatever the base's.
+        dtype: of the new parameters; None means float32, whatever the base's, and for `modules_to_save` the module's.
         trainable: whether the new parameters want gradients.
 
     Returns:
@@ -199,12 +196,13 @@ def adapt(
     if book.merged is not None:
         raise InputError("the model holds a merged adapter: call dw.unmerge(model) before adding another")
     if any(method_of(other).trains_base for other in book.configs.values()) or (method.trains_base and book.configs):
-        raise InputError("full fine-tuning trains the base itself and stands alone: use a fresh model for another adapter")
+        raise InputError("full fine-tuning trains the base itself and stands alone: use a fresh model for an adapter")
     placed = method.attach(model, config, lambda path: generator(seed, "init", path), dtype)
     if book.was_trainable is None:
         book.was_trainable = {key for key, p in model.named_parameters() if p.requires_grad}
     if not method.trains_base:
         _freeze_base(model)
+    model.__dict__["_deltaw"] = book
     for item in placed:
         _install(model.get_submodule(item.path), name, item)
     book.configs[name] = config
@@ -231,7 +229,7 @@ def _install(module: nn.Module, name: str, item: Placed) -> None:
     if name not in site.parts:
         site.parts[name] = nn.ModuleList()
     item.part.train(module.training)
-    site.parts[name].append(item.part)  # type: ignore[operator]
+    cast(nn.ModuleList, site.parts[name]).append(item.part)
 
 
 def _uninstall(module: nn.Module, site: AdaptedSite) -> None:
@@ -366,10 +364,13 @@ class Summary:
         width = max((len(site.name) for site in self.sites), default=4)
         for site in self.sites:
             shape = " x ".join(map(str, site.shape))
-            details = " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in site.details.items())
+            pairs = site.details.items()
+            details = " ".join(
+                f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in pairs
+            )
             lines.append(f"  {site.name:<{width}}  {site.kind:<9} {shape:<15} {details:<16} {site.parameters:>12,}")
         lines.append(
-            f"  {self.trainable_parameters:,} trainable of {self.base_parameters:,} base parameters ({self.share:.2%}), "
+            f"  {self.trainable_parameters:,} trainable of {self.base_parameters:,} in the base ({self.share:.2%}), "
             f"{self.adapter_bytes:,} bytes beside {self.base_bytes:,}"
         )
         if self.left_out:
@@ -387,7 +388,9 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
     book = book_of(model)
     if name is None:
         if len(book.active) != 1:
-            raise InputError(f"{len(book.active)} adapters are active: say which of {', '.join(book.configs) or 'none'}")
+            raise InputError(
+                f"{len(book.active)} adapters are active: say which of {', '.join(book.configs) or 'none'}"
+            )
         (name,) = book.active
     parameters = adapter_parameters(model, name)
     seen: set[int] = set()

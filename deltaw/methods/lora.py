@@ -13,6 +13,7 @@ starts at zero and B (dim, r) normal, so that a token's column alone learns from
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -59,7 +60,7 @@ class LoRA:
         layers_pattern: name of the list of layers, where it is not the first numbered one.
         trainable_tokens: rows of the input embedding to train, or {module: rows}.
         lora_bias: gives B a bias of its own.
-        init: `"default"` or `"gaussian"` (A normal with deviation 1/r).
+        init: `"default"` (or True), or `"gaussian"` (A normal with deviation 1/r, an embedding's factors as ever).
     """
 
     r: int = 16
@@ -76,7 +77,7 @@ class LoRA:
     layers_pattern: Sequence[str] | str | None = None
     trainable_tokens: Sequence[int] | dict[str, list[int]] | None = None
     lora_bias: bool = False
-    init: Literal["default", "gaussian"] = "default"
+    init: str | bool = "default"
 
     def __post_init__(self) -> None:
         problems = []
@@ -84,9 +85,9 @@ class LoRA:
             problems.append(f"r is {self.r!r}: expected a whole number of at least 1")
         elif self.alpha is None:
             object.__setattr__(self, "alpha", float(2 * self.r))
-        if self.alpha is not None and (not isinstance(self.alpha, (int, float)) or not self.alpha > 0):
+        if self.alpha is not None and not _is_number(self.alpha, above=0):
             problems.append(f"{spelling(self, 'alpha')} is {self.alpha!r}: expected a number above 0")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             problems.append(f"{spelling(self, 'dropout')} is {self.dropout!r}: expected a probability in [0, 1)")
         if self.bias not in ("none", "all", "lora_only"):
             problems.append(f"bias is {self.bias!r}: expected 'none', 'all' or 'lora_only'")
@@ -94,10 +95,11 @@ class LoRA:
             object.__setattr__(self, "init", "default")
         if self.init not in ("default", "gaussian"):
             problems.append(f"{spelling(self, 'init')} is {self.init!r}: expected 'default' or 'gaussian'")
-        if any(not isinstance(v, int) or v < 1 for v in self.rank_pattern.values()):
-            problems.append(f"rank_pattern is {self.rank_pattern!r}: expected ranks of at least 1")
-        if any(not v > 0 for v in self.alpha_pattern.values()):
-            problems.append(f"alpha_pattern is {self.alpha_pattern!r}: expected numbers above 0")
+        ranks, alphas = self.rank_pattern, self.alpha_pattern
+        if not _is_pattern(ranks) or any(not isinstance(v, int) or v is True or v < 1 for v in ranks.values()):
+            problems.append(f"rank_pattern is {ranks!r}: expected {{name or regular expression: rank of at least 1}}")
+        if not _is_pattern(alphas) or any(not _is_number(v, above=0) for v in alphas.values()):
+            problems.append(f"alpha_pattern is {alphas!r}: expected {{name or regular expression: number above 0}}")
         if problems:
             raise InputError("; ".join(problems))
 
@@ -113,32 +115,47 @@ class LoRA:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
+def _is_number(value: Any, *, above: float | None = None) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        return False
+    return above is None or value > above
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, dict) and all(re.compile(key) for key in value)
+    except (re.error, TypeError):
+        return False
+
+
 class LoraPart(nn.Module):
     """The factors A (r, in) and B (out, r) of one site."""
 
     replaces = False
+    _module: Any
 
     def __init__(
         self, site: Site, *, r: int, scale: float, dropout: float, lora_bias: bool, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
         out_features, in_features = site.shape
-        made = {"device": site.weight.device, "dtype": dtype or torch.float32}
+        device, dtype = site.weight.device, dtype or torch.float32
         self.kind = site.kind
         self.scale = scale
         self.dropout = dropout
-        self.lora_A = nn.Parameter(torch.zeros(r, in_features, **made))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, **made))
-        self.lora_bias = nn.Parameter(torch.zeros(out_features, **made)) if lora_bias else None
+        self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device, dtype=dtype))
+        bias = torch.zeros(out_features, device=device, dtype=dtype)
+        self.lora_bias = nn.Parameter(bias) if lora_bias else None
         object.__setattr__(self, "_module", site.module)
 
-    def initialise(self, generator: torch.Generator, init: str) -> None:
+    def initialise(self, generator: torch.Generator, init: str | bool) -> None:
         """Draws the starting values on the CPU, so that they do not depend on the device."""
         random = self.lora_B if self.kind == "embedding" else self.lora_A
-        if self.kind == "embedding" or init == "gaussian":
+        if self.kind == "embedding":
             values = torch.randn(random.shape, generator=generator)
-            if init == "gaussian":
-                values /= self.lora_A.shape[0]
+        elif init == "gaussian":
+            values = torch.randn(random.shape, generator=generator) / random.shape[0]
         else:
             bound = 1.0 / math.sqrt(random.shape[1])
             values = torch.empty(random.shape).uniform_(-bound, bound, generator=generator)
@@ -157,7 +174,7 @@ class LoraPart(nn.Module):
         """Scale B A x in `base_out`'s dtype; for an embedding x holds token ids."""
         dtype = base_out.dtype
         if self.kind == "embedding":
-            padding = self._module.padding_idx
+            padding: int | None = self._module.padding_idx
             rows = F.embedding(x, self.lora_A.t(), padding_idx=padding).to(dtype)
             out = F.linear(rows, self.lora_B.to(dtype)) * self.scale
             embed_scale = getattr(self._module, "embed_scale", None)
@@ -171,9 +188,10 @@ class LoraPart(nn.Module):
         return (out * self.scale).to(dtype)
 
     def delta(self, rows: slice | None = None) -> Tensor | None:
-        """Scale B A, float32."""
-        B = self.lora_B.detach() if rows is None else self.lora_B.detach()[rows]
-        return (B.float() @ self.lora_A.detach().float()).mul_(self.scale)
+        """Scale B A, in float32 or wider."""
+        A, B = self.lora_A.detach(), self.lora_B.detach()[rows or slice(None)]
+        wide = torch.promote_types(A.dtype, torch.float32)
+        return (B.to(wide) @ A.to(wide)).mul_(self.scale)
 
     def replacements(self) -> dict[str, Tensor]:
         """None of the module's parameters is replaced whole."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -52,6 +53,33 @@ _INERT = {
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
+def _names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, int) for item in value)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+#: What the values of PEFT's fields look like; `LoRA` itself checks the numbers and the patterns.
+_SHAPES: dict[str, Callable[[Any], bool]] = {
+    "target_modules": _names,
+    "exclude_modules": _names,
+    "modules_to_save": _names,
+    "layers_to_transform": lambda value: isinstance(value, int) or _rows(value),
+    "layers_pattern": _names,
+    "trainable_token_indices": lambda value: (
+        _rows(value) or (isinstance(value, dict) and all(map(_rows, value.values())))
+    ),
+    "use_rslora": _flag,
+    "lora_bias": _flag,
+}
+
+
 def from_peft(fields: dict[str, Any]) -> LoRA:
     """PEFT's `LoraConfig` fields as a `LoRA`.
 
@@ -62,18 +90,28 @@ def from_peft(fields: dict[str, Any]) -> LoRA:
     init = fields.get("init_lora_weights", True)
     if init not in _INITS:
         refused.append(
-            f"init_lora_weights={init!r} (it changes the base; save it from PEFT with path_initial_model_for_weight_conversion)"
+            f"init_lora_weights={init!r} (it changes the base: save from PEFT with "
+            "path_initial_model_for_weight_conversion)"
         )
     for key, value in fields.items():
         if key in _SAME or key in _INERT or key == "init_lora_weights":
             continue
         if value not in (None, False, [], {}, ""):
             refused.append(f"{key}={value!r}")
+    wrong = [
+        f"{key}={fields[key]!r}"
+        for key, fits in _SHAPES.items()
+        if fields.get(key) is not None and not fits(fields[key])
+    ]
+    if wrong:
+        raise InputError(f"adapter_config.json is damaged: {'; '.join(wrong)} is not of a type that PEFT writes")
     if refused:
         raise InputError(f"adapter_config.json asks for what deltaw does not have: {'; '.join(refused)}")
     given = {ours: fields[theirs] for theirs, ours in _SAME.items() if fields.get(theirs) is not None}
     if "target_modules" not in given:
-        raise InputError("adapter_config.json names no target_modules: expected a list of names or a regular expression")
+        raise InputError(
+            "adapter_config.json names no target_modules: expected a list of names or a regular expression"
+        )
     if "alpha" not in given:
         given["alpha"] = 8
     if "r" not in given:
@@ -94,21 +132,32 @@ def to_peft(config: LoRA, model: nn.Module, sites: list[str]) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "r": config.r,
-        "lora_alpha": config.alpha,
+        "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
         "target_modules": shortest_names(model, sites),
         "exclude_modules": None,
         "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
+        "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()},
         "use_rslora": config.rslora,
         "bias": config.bias,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "trainable_token_indices": config.trainable_tokens,
+        "trainable_token_indices": _plain(config.trainable_tokens),
         "lora_bias": config.lora_bias,
         "fan_in_fan_out": any(isinstance(model.get_submodule(site), Conv1D) for site in sites),
         "init_lora_weights": True,
     }
+
+
+def _whole(number: float | None) -> float | None:
+    """An int where it is one: that is what PEFT declares, and what stricter readers of its files take."""
+    return int(number) if number is not None and float(number).is_integer() else number
+
+
+def _plain(tokens: Any) -> Any:
+    if tokens is None:
+        return None
+    return {name: list(rows) for name, rows in tokens.items()} if isinstance(tokens, dict) else list(tokens)
 
 
 LORA = Method(

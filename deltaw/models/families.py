@@ -154,6 +154,7 @@ FAMILIES: dict[str, Names] = {
             "deepseek_v3",
             "gpt_oss",
             "ministral",
+            "ministral3",
         ),
         _LLAMA,
     ),
@@ -164,7 +165,7 @@ FAMILIES: dict[str, Names] = {
     **dict.fromkeys(("deberta", "deberta-v2"), _DEBERTA),
     **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "switch_transformers"), _T5),
     **dict.fromkeys(("opt", "bart", "mbart", "pegasus", "whisper"), _OPT),
-    **dict.fromkeys(("phi3", "phi4", "glm", "glm4"), _PHI3),
+    "phi3": _PHI3,
     "phi": _PHI,
     "gpt2": _GPT2,
     "gpt_bigcode": _GPT2,
@@ -174,6 +175,7 @@ FAMILIES: dict[str, Names] = {
     "modernbert": _MODERNBERT,
     "mpt": _MPT,
 }
+FAMILIES["glm"] = FAMILIES["glm4"] = {**_LLAMA, "gate_up_proj": ("up", "gate")}
 FAMILIES["starcoder2"] = {**_LLAMA, "mlp.c_fc": ("up",), "mlp.c_proj": ("down",)}
 FAMILIES["mpnet"] = {
     "attention.attn.q": ("query",),

@@ -100,11 +100,13 @@ class Site:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """What an adapter would see in `module`, or None where no adapter can sit."""
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, Conv1D):
         return "conv1d"
-    if isinstance(module, nn.Linear):
+    # The output projection of torch's own multi-head attention is read by its parent and never called itself.
+    if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
@@ -124,12 +126,14 @@ def site_of(name: str, module: nn.Module) -> Site:
         raise InputError(
             f"cannot adapt {name!r}: it is a {type(module).__name__}, not a linear, Conv1D or embedding{inside}"
         )
+    if not isinstance(module.weight, Tensor) or not module.weight.is_floating_point():
+        raise InputError(f"cannot adapt {name!r}: the weight of its {type(module).__name__} is not of a floating type")
     if kind == "embedding":
         assert isinstance(module, nn.Embedding)
         custom = type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale")
         if custom or module.max_norm is not None or module.sparse:
             raise InputError(
-                f"cannot adapt {name!r}: {type(module).__name__} with a forward of its own, max_norm or sparse gradients"
+                f"cannot adapt {name!r}: {type(module).__name__} with a forward of its own, max_norm or sparse weights"
             )
     return Site(name, module, kind, DenseWeight(module, kind))
 
@@ -161,11 +165,11 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 
 #: Names of the modules on top of a model that are new for a task and so are trained whole.
-TASK_HEADS = ("score", "classifier", "qa_outputs", "classification_head")
+TASK_HEADS = ("score", "pre_classifier", "classifier", "qa_outputs", "classification_head")
 
 
 def task_heads(model: nn.Module) -> list[str]:
-    """Paths of a classification model's freshly initialised head, () for a language model."""
+    """Paths of a classification model's freshly initialised head, [] for a language model."""
     if not any(part in type(model).__name__ for part in ("ForSequenceClassification", "ForTokenClassification")):
         return []
     return [name for name, _ in model.named_children() if name in TASK_HEADS]

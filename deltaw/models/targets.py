@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from deltaw.core.errors import InputError, near
+from deltaw.core.errors import InputError, near, unknown_name
 from deltaw.models.families import GROUPS, names_of, roles_of
 from deltaw.models.sites import Site, base_modules, kind_of, output_head, site_of, task_heads
 
@@ -15,7 +15,7 @@ Targets = str | Sequence[str]
 
 
 def model_type(model: nn.Module) -> str | None:
-    """transformers' name of the architecture, None for a plain module."""
+    """The architecture's name in transformers, None for a plain module."""
     found = getattr(getattr(model, "config", None), "model_type", None)
     return found if isinstance(found, str) else None
 
@@ -44,27 +44,37 @@ def resolve_targets(
         reserved: paths of modules trained whole (`modules_to_save`), inside which nothing is adapted.
 
     Raises:
-        InputError: an entry matches nothing (near names are listed), or a module that cannot be adapted.
+        InputError: an entry matches nothing (near names are listed), a layer that is not there, or a module that cannot
+            be adapted.
     """
     modules = dict(base_modules(model))
     entries = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if not entries or not all(isinstance(entry, str) and entry for entry in entries):
-        raise InputError(f"target_modules is {target_modules!r}: expected a group, a name, a regular expression or several")
+        raise InputError(f"target_modules is {target_modules!r}: expected groups, names or regular expressions")
     chosen: set[str] = set()
     for entry in entries:
         chosen |= _match(model, modules, entry)
     if exclude_modules is not None:
         excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules)
         for entry in excluded:
-            chosen -= {name for name in chosen if _names(name, entry) or _matches(name, entry)}
+            left_out = {name for name in modules if name and (_names(name, entry) or _matches(name, entry))}
+            if not left_out:
+                ends = {name.rsplit(".", 1)[-1] for name in chosen}
+                raise unknown_name(f"module of {type(model).__name__} to exclude", entry, ends)
+            chosen -= left_out
     if layers_to_transform is not None:
         wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
-        chosen = {name for name in chosen if _layer(name, layers_pattern) in wanted}
+        layer_of = {name: _layer(name, layers_pattern) for name in chosen}
+        if missing := sorted(wanted - set(layer_of.values()) - {None}, key=str):
+            there = sorted(index for index in set(layer_of.values()) if index is not None)
+            raise InputError(f"layers_to_transform {missing[0]!r}: the layers that hold a target are {there}")
+        chosen = {name for name in chosen if layer_of[name] in wanted}
     reserved = tuple(reserved)
     chosen = {n for n in chosen if not any(n == r or n.startswith(r + ".") for r in reserved)}
     if not chosen:
         raise InputError(
-            f"target_modules {target_modules!r} leaves no module after exclude_modules, layers_to_transform and modules_to_save"
+            f"target_modules {target_modules!r} leaves no module after exclude_modules, layers_to_transform and "
+            "modules_to_save"
         )
     return [site_of(name, module) for name, module in modules.items() if name in chosen]
 
@@ -72,17 +82,9 @@ def resolve_targets(
 def _match(model: nn.Module, modules: dict[str, nn.Module], entry: str) -> set[str]:
     """Paths of the modules that one entry names."""
     if entry == "all-linear":
-        head = output_head(model)
-        heads = set(task_heads(model))
-        found = {
-            name
-            for name, module in modules.items()
-            if kind_of(module) in ("linear", "conv1d")
-            and module is not head
-            and not any(name == h or name.startswith(h + ".") for h in heads)
-        }
+        found = _inner_linears(model, modules)
         if not found:
-            raise InputError(f"target 'all-linear': {type(model).__name__} has no linear module besides its output head")
+            raise InputError(f"target 'all-linear': {type(model).__name__} has no linear module besides its head")
         return found
     if entry in GROUPS:
         return _group(model, modules, entry)
@@ -101,10 +103,23 @@ def _match(model: nn.Module, modules: dict[str, nn.Module], entry: str) -> set[s
     )
 
 
+def _inner_linears(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """Paths of all linears and Conv1Ds but those of the output head and of a classification head."""
+    head = output_head(model)
+    heads = task_heads(model)
+    return {
+        name
+        for name, module in modules.items()
+        if kind_of(module) in ("linear", "conv1d")
+        and module is not head
+        and not any(name == h or name.startswith(h + ".") for h in heads)
+    }
+
+
 def _group(model: nn.Module, modules: dict[str, nn.Module], group: str) -> set[str]:
     names, _ = names_of(model_type(model))
     wanted = set(GROUPS[group])
-    linear = {name for name, module in modules.items() if kind_of(module) in ("linear", "conv1d")}
+    linear = _inner_linears(model, modules)
     found = {name for name in linear if wanted & set(roles_of(name, names))}
     if not found and group != "qv":
         # No name of the table: the block's own name tells its attention from its MLP.
@@ -142,6 +157,42 @@ def _layer(path: str, patterns: Sequence[str] | str | None) -> int | None:
     return None
 
 
+def peft_targets(
+    model: nn.Module,
+    target_modules: Targets,
+    *,
+    exclude_modules: Targets | None = None,
+    layers_to_transform: Sequence[int] | int | None = None,
+    layers_pattern: Sequence[str] | str | None = None,
+) -> list[str]:
+    """Paths that PEFT reads from these fields: a string is a regular expression, a list holds names alone.
+
+    There an entry that matches nothing passes, and a whole path overrides the choice of layers (`check_target_module_
+    exists` in `peft/tuners/tuners_utils.py`). `all-linear` is not resolved here, as PEFT never writes it.
+
+    Raises:
+        InputError: nothing at all is matched.
+    """
+    layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform or ())
+
+    def named(path: str, entries: Targets) -> bool:
+        if isinstance(entries, str):
+            return _matches(path, entries)
+        return any(_names(path, entry) for entry in entries)
+
+    def taken(path: str) -> bool:
+        if exclude_modules and named(path, exclude_modules):
+            return False
+        if isinstance(target_modules, str) or path in target_modules or not layers:
+            return named(path, target_modules)
+        return named(path, target_modules) and _layer(path, layers_pattern) in layers
+
+    found = [path for path, _ in base_modules(model) if path and taken(path)]
+    if not found:
+        raise InputError(f"target_modules {target_modules!r} of the adapter match no module of {type(model).__name__}")
+    return found
+
+
 def shortest_names(model: nn.Module, sites: Sequence[str]) -> list[str]:
     """The shortest path endings that name exactly `sites` and no other module, for other programs to resolve.
 
@@ -165,7 +216,7 @@ def shortest_names(model: nn.Module, sites: Sequence[str]) -> list[str]:
 
 
 def pattern_value(patterns: dict[str, float] | dict[str, int], name: str, default: float) -> float:
-    """The value of the first pattern that names `name` (PEFT's rule: `(.*\\.)?(pattern)$`), else the default."""
+    """The value of the first pattern that names the end of `name`, as PEFT has it, else the default."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
