@@ -8,9 +8,9 @@ Symbols, N tokens, vocabulary V: h (N, d), W (V, d), b (V,), y (N,) targets, s t
     u = s (h W^T + b)        z = c tanh(u / c), or u without a cap        p = softmax(z)        L = -sum_n log p_n[y_n]
     G = dL/du = (p - onehot(y)) (1 - tanh(u / c)^2)        dh = s G W        dW = s G^T h        db = s sum_n G_n
 
-Measured on two Zen 4 cores, forward and backward with W frozen, 1,024 tokens, d 576, V 49,152, against `F.linear`, a
-cast to float32 and `F.cross_entropy`, interleaved, medians: 0.86 s to 1.52 s in float32 and 0.61 s to 0.99 s in
-bfloat16 (the two products alone: 0.94 s and 0.36 s, on another run whose stock took 1.29 s and 0.84 s).
+Measured on two Zen 4 cores, forward and backward with W frozen, 1,024 tokens, d 576, V 49,152, medians of nine
+interleaved runs against `F.linear`, a cast to float32 and `F.cross_entropy`: 0.80 s to 0.91 s in float32, 0.38 s to
+0.64 s in bfloat16. The two products alone, which nothing here can save, take 0.72 s and 0.30 s.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ from torch.autograd.function import once_differentiable
 
 from deltaw.core.errors import InputError
 
-#: Logits of one chunk. Chunks that fit the last-level cache save passes over memory and lose more in the products: in
-#: the setting above 32, 64, 128, 256 and 512 tokens took 1.95, 1.47, 1.34, 1.17 and 1.06 s in float32, and 0.82, 0.67,
-#: 0.57, 0.49 and 0.48 s in bfloat16; 1,024 at once were no faster than 512.
+#: Logits of one chunk, that is of one product. Chunks that fit the last-level cache lose more in the products than they
+#: save: with whole chunks in the softmax and a busier machine, 32, 64, 128, 256 and 512 tokens took 1.95, 1.47, 1.34,
+#: 1.17 and 1.06 s in float32, 0.82, 0.67, 0.57, 0.49 and 0.48 s in bfloat16; 1,024 were no faster than 512.
 CHUNK_LOGITS = 1 << 25
+
+#: Logits that softmax takes at a time on CPU, as float32 in the cache: 0.89 s instead of 1.07 s for whole chunks in
+#: bfloat16, on the busier machine, no proven difference in float32. Softmaxes that read bfloat16 were not faster.
+BLOCK_LOGITS = 1 << 22
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -46,35 +50,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = hidden.new_empty(hidden.shape) if wanted[0] else None
         grad_weight = weight.new_zeros(weight.shape, dtype=wide) if wanted[1] else None
         grad_bias = weight.new_zeros(weight.shape[0], dtype=wide) if wanted[2] else None
-        narrow_buffer = hidden.new_empty(chunk, weight.shape[0])
-        # Softmax of a bfloat16 chunk copied to float32 was faster on CPU than any softmax that reads bfloat16.
-        wide_buffer = narrow_buffer if hidden.dtype == wide else torch.empty_like(narrow_buffer, dtype=wide)
+        buffer = hidden.new_empty(chunk, weight.shape[0])
+        block = max(1, min(chunk, BLOCK_LOGITS // weight.shape[0])) if hidden.is_cpu else chunk
+        scratch = None if hidden.dtype == wide else hidden.new_empty(block, weight.shape[0], dtype=wide)
         total = hidden.new_zeros((), dtype=wide)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             x, target = hidden[rows], targets[rows, None]
-            grad, logits = narrow_buffer[: len(x)], wide_buffer[: len(x)]
+            grad = buffer[: len(x)]
             torch.mm(x, weight.t(), out=grad)
-            if hidden.dtype != wide:
-                logits.copy_(grad)
-            if bias is not None:
-                logits.add_(bias)
-            if scale != 1.0:
-                logits.mul_(scale)
-            if softcap is not None:
-                bent = torch.tanh(logits.div_(softcap))
-                torch.mul(bent, softcap, out=logits)
-            # CPU kernels go row by row and may write over their input; elsewhere nothing promises it.
-            log_p = torch.log_softmax(logits, -1, out=logits if logits.is_cpu else None)
-            log_p_target = log_p.gather(1, target)
-            total -= log_p_target.sum()
-            if not any(wanted):
-                continue
-            torch.exp(log_p, out=grad)
-            # A bfloat16 p near 1 would round p - 1, all the gradient there is, to 0.
-            grad.scatter_(1, target, torch.expm1(log_p_target).to(grad.dtype))
-            if softcap is not None:
-                grad.mul_(bent.square_().neg_().add_(1.0))
+            for part, part_target in zip(grad.split(block), target.split(block), strict=True):
+                total += _loss_and_gradient(part, scratch, part_target, bias, softcap, scale, any(wanted))
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -101,6 +87,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*grads, None, None, None, None, None)
 
 
+def _loss_and_gradient(
+    raw: Tensor,
+    scratch: Tensor | None,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    wanted: bool,
+) -> Tensor:
+    """Summed loss of raw = h W^T (rows, V) for targets (rows, 1); where wanted, turns `raw` into G in place."""
+    logits = raw if scratch is None else scratch[: len(raw)].copy_(raw)
+    if bias is not None:
+        logits.add_(bias)
+    if scale != 1.0:
+        logits.mul_(scale)
+    if softcap is not None:
+        bent = torch.tanh(logits.div_(softcap))
+        torch.mul(bent, softcap, out=logits)
+    # CPU kernels go row by row and may write over their input; elsewhere nothing promises it.
+    log_p = torch.log_softmax(logits, -1, out=logits if logits.is_cpu else None)
+    log_p_target = log_p.gather(1, target)
+    if wanted:
+        grad = log_p.exp_()
+        # A p that bfloat16 will round to 1 would take p - 1, all the gradient there is, with it.
+        grad.scatter_(1, target, torch.expm1(log_p_target))
+        if softcap is not None:
+            grad.mul_(bent.square_().neg_().add_(1.0))
+        if grad is not raw:
+            raw.copy_(grad)
+    return -log_p_target.sum()
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -118,7 +136,8 @@ def linear_cross_entropy(
     Products run in the inputs' dtype (autocast's where it is on); softmax, the loss and sums over chunks in float32, or
     in float64 for float64 inputs. Gradients are made in the forward pass, for those inputs only that want them, so what
     is kept for the backward pass is as large as `hidden` (and as `weight` in float32 where it is trained). Extra
-    memory: two chunks of logits, three with a soft cap. Differentiable once.
+    memory: a chunk of logits and at most two float32 blocks of `BLOCK_LOGITS` on CPU, up to four chunks elsewhere.
+    Differentiable once.
 
     Args:
         hidden: (tokens, d).
