@@ -1,6 +1,7 @@
 """Parts that any adapter can bring along: trained biases, rows of an embedding, whole trained copies of modules.
 
 All are kept beside the base, never in it, so that several adapters share one base and unloading leaves it untouched.
+What starts as a copy of the base's values is never of a narrower dtype than theirs, lest the start be rounded.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class BiasPart(nn.Module):
         super().__init__()
         bias = module.bias
         assert isinstance(bias, Tensor)
-        self.bias = nn.Parameter(bias.detach().to(dtype or torch.float32, copy=True))
+        self.bias = nn.Parameter(bias.detach().to(_wider(dtype or torch.float32, bias), copy=True))
         # PEFT finds the bias of an adapted module one level down, under its wrapper's `base_layer`.
         self.key = ".base_layer.bias" if on_site else ".bias"
         object.__setattr__(self, "_module", module)
@@ -42,7 +43,7 @@ class BiasPart(nn.Module):
     def shift(self) -> Tensor | None:
         """The trained bias less the module's: (out,)."""
         base: Tensor = self._module.bias
-        return self.bias - base.detach().to(self.bias.dtype)
+        return self.bias - base.detach()
 
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """The shift, broadcast over tokens."""
@@ -99,7 +100,7 @@ class TokenRows(nn.Module):
         self.kind = site.kind
         self.register_buffer("index", index, persistent=False)
         if tied_to is None:
-            self.rows = nn.Parameter(stored[index].to(dtype or torch.float32, copy=True))
+            self.rows = nn.Parameter(stored[index].to(_wider(dtype or torch.float32, stored), copy=True))
         else:
             self.rows = tied_to.rows
         self.tied = tied_to is not None
@@ -115,7 +116,7 @@ class TokenRows(nn.Module):
 
     def _shift(self) -> Tensor:
         stored: Tensor = self._site.weight.stored
-        return self.rows - stored.detach()[self.index].to(self.rows.dtype)
+        return self.rows - stored.detach()[self.index]
 
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """Adds T - W at chosen tokens (embedding), or h (T - W)^T at chosen logits (head)."""
@@ -181,9 +182,9 @@ class ModuleCopy(nn.Module):
             # Another adapter may already sit on the module; its copy starts from the bare base.
             if inner._modules.pop("adapted", None) is not None:
                 del inner.__dict__["forward"]
-        if dtype is not None:
-            self.copy.to(dtype)
         for parameter in self.copy.parameters():
+            if dtype is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(_wider(dtype, parameter))
             parameter.requires_grad_(True)
         object.__setattr__(self, "_module", module)
 
@@ -227,6 +228,10 @@ class ModuleCopy(nn.Module):
     def described(self) -> dict[str, Any]:
         """What it is."""
         return {"part": "copy"}
+
+
+def _wider(dtype: torch.dtype, values: Tensor) -> torch.dtype:
+    return torch.promote_types(dtype, values.dtype)
 
 
 def _float_dtype(module: nn.Module) -> torch.dtype | None:

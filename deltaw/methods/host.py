@@ -178,7 +178,8 @@ def adapt(
         config: a method's configuration (`dw.LoRA(...)`, `dw.Full()`).
         name: the adapter's name: letters, digits, `_` and `-`.
         seed: with the site's name, decides the starting values; the global generator is not used.
-        dtype: of the new parameters; None means float32, whatever the base's, and for `modules_to_save` the module's.
+        dtype: of the new parameters; None means float32, and for `modules_to_save` the module's. Copies of the base's
+            values (trained biases, tokens, modules) are of no narrower dtype than the base's.
         trainable: whether the new parameters want gradients.
 
     Returns:

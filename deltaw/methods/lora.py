@@ -168,7 +168,9 @@ class LoraPart(nn.Module):
 
     def shift(self) -> Tensor | None:
         """The constant that the branch adds to every output: scale times B's own bias, (out,)."""
-        return None if self.lora_bias is None else self.lora_bias * self.scale
+        if self.lora_bias is None:
+            return None
+        return self.lora_bias.to(torch.promote_types(self.lora_bias.dtype, torch.float32)) * self.scale
 
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """Scale B A x in `base_out`'s dtype; for an embedding x holds token ids."""

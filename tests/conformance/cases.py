@@ -1,0 +1,73 @@
+"""What every registered method is tried with: a method without a line here fails the suite."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from deltaw.methods import Full, LoRA
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration and a model of `tiny` to put it on.
+
+    Attributes:
+        model: name in `tiny.MODELS`.
+        config: the method's configuration.
+        counted: every trained parameter is of a site, so that `param_count` tells the sum.
+        adds: several such adapters can be active at once (none trains a whole copy of a module).
+    """
+
+    model: str
+    config: Any
+    counted: bool = True
+    adds: bool = True
+
+
+def _lora(model: str, *, counted: bool = True, adds: bool = True, **options: Any) -> Case:
+    return Case(model, LoRA(**{"r": 4, "alpha": 6.0} | options), counted, adds)
+
+
+HEADS = ["q_proj", "embed_tokens", "lm_head"]
+#: Tokens that `tiny.inputs` has, in no order.
+TOKENS = [36, 10, 21]
+
+CASES: dict[str, dict[str, Case]] = {
+    "lora": {
+        "linear": _lora("llama"),
+        "rslora-gaussian": _lora("qwen3", rslora=True, init="gaussian", target_modules="attention"),
+        "conv1d": _lora("gpt2"),
+        "embedding-and-untied-head": _lora("llama", target_modules=HEADS),
+        "embedding-and-tied-head": _lora("llama-tied", target_modules=HEADS),
+        "scaled-embedding": _lora("gemma3", target_modules=["embed_tokens", "mlp"]),
+        "patterns": _lora(
+            "llama",
+            counted=False,
+            target_modules=["attention", r".*\.mlp\..*"],
+            exclude_modules=["k_proj"],
+            rank_pattern={"layers.0.self_attn.q_proj": 2, "down_proj": 7},
+            alpha_pattern={r"layers\.\d+\.mlp\.up_proj": 3.0},
+            layers_to_transform=[0],
+        ),
+        "lora-bias": _lora("llama-bias", lora_bias=True),
+        "biases-of-sites": _lora("gpt2", counted=False, bias="lora_only", target_modules="attention"),
+        "all-biases": _lora("bert-mlm", counted=False, bias="all", target_modules="qv"),
+        "new-classifier": _lora("llama-seq", counted=False, adds=False, modules_to_save=["score", "norm"]),
+        "tokens": _lora("llama", counted=False, trainable_tokens=[TOKENS[2], TOKENS[0], 4]),
+        "tied-tokens": _lora("gpt2", counted=False, trainable_tokens={"wte": TOKENS[:2]}),
+        "tied-tokens-of-an-encoder-decoder": _lora("t5", counted=False, trainable_tokens=TOKENS[:2]),
+        "much-at-once": _lora(
+            "bert-tok",
+            counted=False,
+            adds=False,
+            target_modules=["attention", "word_embeddings", "bert.encoder.layer.1.output.dense"],
+            bias="lora_only",
+            modules_to_save=["classifier", "embeddings.LayerNorm"],
+            trainable_tokens={"position_embeddings": [1, 0]},
+            rank_pattern={"query": 3},
+            rslora=True,
+        ),
+        "dropout": _lora("gpt2", dropout=0.3),
+        "encoder": _lora("bert-seq", dropout=0.1, counted=False, adds=False, modules_to_save=["classifier"]),
+    },
+    "full": {"llama": Case("llama", Full(), counted=False), "gpt2": Case("gpt2", Full(), counted=False)},
+}
