@@ -134,8 +134,8 @@ class TaskEvaluator:
                 with_label = renderer.render(_answered(row, label), eos=False)
                 key.append(tuple(with_label.ids[with_label.answer :]))
             self.groups.setdefault(tuple(key), []).append(index)
-        for key, members in self.groups.items():
-            room = self.max_length - max(len(label) for label in key)
+        for labels, members in self.groups.items():
+            room = self.max_length - max(len(label) for label in labels)
             for index in members:
                 self.prompts[index] = clip_prompt(self.prompts[index], room, head=self.heads[index])
 

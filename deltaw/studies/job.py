@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-
 from deltaw.checkpoint import load_adapter, load_model, load_tokenizer, save_adapter, save_model
+from deltaw.checkpoint.adapters import adapter_state, write_state
 from deltaw.checkpoint.model_files import ModelFacts, model_facts
 from deltaw.core.errors import DeltawError, InputError
+from deltaw.core.files import atomic_folder
 from deltaw.data import Collator, encode, pack
 from deltaw.data.packing import check_packing
 from deltaw.evaluate.task import Evaluation, TaskEvaluator, masking_collator, metric_function
@@ -23,21 +24,28 @@ from deltaw.report import write_report
 from deltaw.studies.rows import RunRows, rows_record, run_rows
 from deltaw.train import RunFolder, TrainConfig, fit
 from deltaw.train.config import make_config, read_yaml
-from deltaw.train.loop import is_first_process
+from deltaw.train.loop import check_setting, is_first_process, local_device
 from deltaw.train.run_folder import device_record, peak_memory_bytes
+from deltaw.train.sharding import is_sharded, whole_state
 
 Say = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    pass
+
 
 #: Tokens a sequence where nothing is given and the model has as many positions.
 DEFAULT_LENGTH = 512
 
 
-def train(config: TrainConfig | None = None, *, say: Say = lambda line: None, **keys: Any) -> Path:
+def train(config: TrainConfig | None = None, *, say: Say = _silent, **keys: Any) -> Path:
     """Trains, evaluates and reports: what `deltaw train` does.
 
     Args:
-        config: the run; or its keys as keywords (`model=...`, `data=...`, `r=8`).
+        config: the run.
         say: takes lines of progress.
+        **keys: the run's keys, in place of `config` (`model=...`, `data=...`, `r=8`).
 
     Returns:
         The run folder.
@@ -45,7 +53,7 @@ def train(config: TrainConfig | None = None, *, say: Say = lambda line: None, **
     return run_job(config or make_config(keys), command="deltaw.train(...)", say=say).path
 
 
-def resume(folder: str | Path, *, command: str = "", say: Say = lambda line: None) -> RunFolder:
+def resume(folder: str | Path, *, command: str = "", say: Say = _silent) -> RunFolder:
     """Goes on with a run from its last whole checkpoint, with the configuration it was started with."""
     path = Path(folder)
     if not (path / "config.yaml").is_file():
@@ -58,15 +66,21 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
     """Reads the data, loads the model, measures it, trains, measures again, saves and reports."""
     began = time.perf_counter()
     first = is_first_process()
+    if not first:
+        say = _silent
     if not config.output:
         raise InputError("no output: name the run folder to write")
+    check_setting(config)
     facts = model_facts(config.model)
     rows = run_rows(config, generative=facts.generative)
     config = resolved(config, rows, facts)
     run = _open(config, command, first, resuming)
     if resuming and run.record.get("status") == "done":
         say(f"{run.path} is done already")
+        if first and not (run.path / "report.html").exists():
+            write_report(run.path)
         return run
+    run.save(status="running")
     with _recorded(run):
         tokenizer = load_tokenizer(config.model)
         model = load_job_model(config, rows)
@@ -79,7 +93,7 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
         for set_name, record in run.record["data"].items():
             say(_counts_line(set_name, record))
 
-        before, answers_before = _before(config, run, model, name, evaluators.get("test"), resuming, say)
+        before, answers_before = _before(config, run, model, name, evaluators.get("test"), say)
         fitted = fit(
             model,
             name,
@@ -95,7 +109,7 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
         started = time.perf_counter()
         after, answers_after = _measure(model, evaluators.get("test"))
         eval_s = time.perf_counter() - started
-        _finish(run, config, rows, evaluators.get("test"), before, after, sites.adapter_bytes)
+        _finish(run, config, rows, evaluators.get("test"), before, after)
         if evaluators.get("test") is not None:
             run.write_examples(evaluators["test"].example_rows(answers_before, answers_after))
         run.record["cost"] = {
@@ -125,7 +139,8 @@ def resolved(config: TrainConfig, rows: RunRows, facts: ModelFacts) -> TrainConf
     length = config.max_length or min(DEFAULT_LENGTH, facts.positions or DEFAULT_LENGTH)
     if facts.positions is not None and length > facts.positions:
         raise InputError(
-            f"max_length is {length} and {config.model} has {facts.positions} positions: choose at most {facts.positions}"
+            f"max_length is {length} and {config.model} has {facts.positions} positions: "
+            f"choose at most {facts.positions}"
         )
     metric = config.metric or ("f1" if rows.task == "token-classification" else "loss")
     return dataclasses.replace(config, task=rows.task, max_length=length, metric=metric)
@@ -140,12 +155,13 @@ def length_of(config: TrainConfig) -> int:
 def load_job_model(config: TrainConfig, rows: RunRows) -> Any:
     """The model for a run's task, with classes named where the task has them."""
     whole = method_of(config.method_config).trains_base
+    device = local_device(config.device)
     return load_model(
         config.model,
         task=rows.task,
         # Trained weights are kept in float32: small updates vanish in bfloat16.
         dtype="float32" if whole and config.dtype == "auto" else config.dtype,
-        device=config.device,
+        device=device,
         labels=rows.labels if rows.task.endswith("classification") else None,
         seed=config.seed,
     )
@@ -287,7 +303,6 @@ def _before(
     model: Any,
     name: str,
     evaluator: TaskEvaluator | None,
-    resuming: bool,
     say: Say,
 ) -> tuple[Evaluation | None, list[str] | None]:
     """The untrained model's figures: the bare base, or the model as it is where the base itself is trained."""
@@ -300,8 +315,21 @@ def _before(
     finally:
         set_adapter(model, name)
     assert found[0] is not None
+    # At once, so that a run that fails later has them too.
+    run.save(metrics=_measured(before=found[0]))
     say("before: " + metrics_line(found[0].metrics))
     return found
+
+
+def _measured(**evaluations: Evaluation | None) -> dict[str, Any]:
+    """What `run.json` says of evaluations."""
+    metrics: dict[str, Any] = {}
+    for when, found in evaluations.items():
+        if found is not None:
+            metrics[when] = {k: v for k, v in found.metrics.items() if math.isfinite(v)}
+            if found.confusion is not None:
+                metrics.setdefault("confusion", {})[when] = found.confusion
+    return metrics
 
 
 def _measure(model: Any, evaluator: TaskEvaluator | None) -> tuple[Evaluation | None, list[str] | None]:
@@ -318,14 +346,8 @@ def _finish(
     evaluator: TaskEvaluator | None,
     before: Evaluation | None,
     after: Evaluation | None,
-    adapter_bytes: int,
 ) -> None:
-    metrics: dict[str, Any] = {}
-    for when, found in (("before", before), ("after", after)):
-        if found is not None:
-            metrics[when] = {k: v for k, v in found.metrics.items() if math.isfinite(v)}
-            if found.confusion is not None:
-                metrics.setdefault("confusion", {})[when] = found.confusion
+    metrics = _measured(before=before, after=after)
     if evaluator is not None and config.baselines:
         metrics["baselines"] = evaluator.baselines(rows.train, seed=config.seed)
     if rows.labels is not None:
@@ -334,11 +356,23 @@ def _finish(
 
 
 def _save(model: Any, name: str, tokenizer: Any, config: TrainConfig, run: RunFolder) -> None:
-    if isinstance(config.method_config, Full):
-        if run.writes:
+    whole = isinstance(config.method_config, Full)
+    if not is_sharded(model):
+        if run.writes and whole:
             save_model(model, run.path / "model", tokenizer=tokenizer)
-    elif run.writes:
-        save_adapter(model, run.path / "adapter", name=name, base_model=config.model)
+        elif run.writes:
+            save_adapter(model, run.path / "adapter", name=name, base_model=config.model)
+        return
+    # Every process brings its part; the first one writes.
+    state = whole_state(model) if whole else adapter_state(model, name)
+    if not run.writes:
+        return
+    with atomic_folder(run.path / ("model" if whole else "adapter")) as folder:
+        if whole:
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+            tokenizer.save_pretrained(folder)
+        else:
+            write_state(model, name, state, folder, base_model=config.model)
 
 
 def metrics_line(metrics: dict[str, float]) -> str:
@@ -348,7 +382,8 @@ def metrics_line(metrics: dict[str, float]) -> str:
 
 def _plan_line(config: TrainConfig, rows: RunRows, sites: Any, examples: int) -> str:
     trained = f"{sites.trainable_parameters:,} of {sites.base_parameters:,} parameters ({sites.share:.2%})"
-    return f"{rows.task} with {sites.method} on {config.model}: {trained} in {len(sites.sites)} sites, {examples:,} sequences"
+    where = f"{len(sites.sites)} sites, {examples:,} sequences"
+    return f"{rows.task} with {sites.method} on {config.model}: {trained} in {where}"
 
 
 def _counts_line(name: str, record: dict[str, Any]) -> str:
@@ -356,5 +391,3 @@ def _counts_line(name: str, record: dict[str, Any]) -> str:
     parts += [f"{record[key]:,} {key}" for key in ("truncated", "dropped", "empty", "bad")]
     parts += [f"{record[key]:,} {key}" for key in ("unmatched", "conflicts") if record.get(key)]
     return f"{name} rows: " + ", ".join(parts)
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,8 @@ class TrainConfig:
         evaluate_before: whether to measure the untrained model too.
         baselines: whether to measure the majority class and TF-IDF + logistic regression too (or a tag dictionary).
         tensorboard: also log to TensorBoard, into the run folder.
+        sharding: `none` (under torchrun every process has the whole model) or `fsdp2` (in training each keeps a part of
+            parameters, gradients and optimizer state; the base is still loaded whole by each, so it has to fit).
     """
 
     model: str = "smollm2-135m"
@@ -112,6 +115,7 @@ class TrainConfig:
     evaluate_before: bool = True
     baselines: bool = True
     tensorboard: bool = False
+    sharding: str = "none"
 
     def __post_init__(self) -> None:
         if self.learning_rate is None:
@@ -131,7 +135,7 @@ class TrainConfig:
             problems.append(f"epochs is {self.epochs!r}: expected a number above 0")
         if self.max_steps is not None and self.max_steps < 1:
             problems.append(f"max_steps is {self.max_steps!r}: expected at least 1")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             problems.append(f"learning_rate is {self.learning_rate!r}: expected a number above 0")
         if not 0 <= self.warmup_ratio < 1:
             problems.append(f"warmup_ratio is {self.warmup_ratio!r}: expected a share in [0, 1)")
@@ -141,6 +145,7 @@ class TrainConfig:
             raise InputError("; ".join(problems))
         _choice("schedule", self.schedule, ("cosine", "linear", "constant"))
         _choice("method", self.method, list(METHODS))
+        _choice("sharding", self.sharding, ("none", "fsdp2"))
         if self.task is not None:
             _choice("task", self.task, list(TASKS))
         if self.early_stopping and self.eval_data is None and self.held_out == 0:
@@ -184,7 +189,12 @@ def known_keys(method: str) -> list[str]:
     """Every key that a run with `method` takes, accepted spellings included."""
     config_type = METHODS[method].config
     own = [item.name for item in dataclasses.fields(TrainConfig) if item.name != "method_config"]
-    return [*own, *aliases_of(TrainConfig), *(f.name for f in dataclasses.fields(config_type)), *aliases_of(config_type)]
+    return [
+        *own,
+        *aliases_of(TrainConfig),
+        *(f.name for f in dataclasses.fields(config_type)),
+        *aliases_of(config_type),
+    ]
 
 
 def make_config(keys: Mapping[str, Any]) -> TrainConfig:
@@ -246,5 +256,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise InputError(f"{path} holds a {type(found).__name__}: expected keys and values, such as 'model: smollm2-135m'")
+        raise InputError(
+            f"{path} holds a {type(found).__name__}: expected keys and values, such as 'model: smollm2-135m'"
+        )
     return {str(key): value for key, value in found.items()}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from deltaw.core.errors import InputError, MissingExtraError
 from deltaw.core.files import explain_os_error
@@ -19,6 +18,7 @@ from deltaw.fuse.head import install_loss_head, uninstall_loss_head
 from deltaw.methods import method_of
 from deltaw.train.config import TrainConfig
 from deltaw.train.run_folder import RunFolder, peak_memory_bytes
+from deltaw.train.sharding import shard
 from deltaw.train.trainer import DeltawTrainer, EvaluateFn
 
 Example = dict[str, list[int]]
@@ -30,7 +30,7 @@ class Fitted:
 
     Attributes:
         steps: optimizer steps, those before a resume included.
-        tokens: tokens seen, padding excluded, over all of this process' batches.
+        tokens: tokens seen by all processes, without padding (but for that of packed sequences).
         seconds: of training alone.
         peak_memory_bytes: the most memory in use so far.
         best_step: the step whose weights the model has, where the best one was asked for; else None.
@@ -53,6 +53,13 @@ def world_size() -> int:
 def is_first_process() -> bool:
     """Whether this process writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def local_device(device: str) -> str:
+    """The device of this process: under torchrun each has its own GPU."""
+    if world_size() == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def fit(
@@ -86,16 +93,23 @@ def fit(
     Raises:
         RunError: a loss that is not finite, trained tensors without gradient, a full disk.
     """
-    objection = install_loss_head(model)
-    if objection is not None:
-        say(f"loss computed by the model's own forward ({objection})")
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     last = run.last_checkpoint() if resume else None
+    step = 0 if last is None else int(last.name.removeprefix("checkpoint-"))
+    objection = install_loss_head(model)
+    if objection is not None and collator.task in ("causal-lm", "instruct"):
+        say(f"loss computed from the logits of every position ({objection})")
+    if config.gradient_checkpointing:
+        _checkpointing(model, on=True)
+    caches = getattr(model.config, "use_cache", None)
+    device = next(model.parameters()).device
+    whole = method_of(config.method_config).trains_base
     try:
+        arguments = training_arguments(config, run.path, len(examples), device, evaluate is not None)
+        if config.sharding == "fsdp2":
+            shard(model, device)
         trainer = DeltawTrainer(
             model=model,
-            args=training_arguments(config, run.path, len(examples), model, evaluate is not None),
+            args=arguments,
             train_dataset=list(examples),
             # Asked for by Trainer's checks and never read: `evaluate_fn` has its own rows.
             eval_dataset=None if evaluate is None else list(examples[:1]),
@@ -105,25 +119,33 @@ def fit(
             evaluate_fn=evaluate,
             say=say,
             keep_checkpoints=config.keep_checkpoints,
-            callbacks=_callbacks(config, run, evaluate is not None),
+            autocast=whole and config.dtype == "auto" and _autocasts(device),
+            callbacks=_callbacks(config, run, evaluate is not None, step),
         )
-        if last is not None:
-            step = int(last.name.removeprefix("checkpoint-"))
+        if resume:
             run.cut_log(step)
-            say(f"resuming from step {step}")
-        elif resume:
-            run.cut_log(0)
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if last is not None and trainer.take_ended(last):
+            say(f"training had ended at step {step}")
+        else:
+            if last is not None:
+                say(f"resuming from step {step}")
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        tokens = trainer.tokens()
     except OSError as error:
         raise explain_os_error(error, error.filename or run.path) from error
     finally:
         uninstall_loss_head(model)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            _checkpointing(model, on=False)
+        # Trainer turns it off, and a saved model would keep that.
+        if caches is not None:
+            model.config.use_cache = caches
+        else:
+            model.config.__dict__.pop("use_cache", None)
     stopped = trainer.state.global_step < trainer.state.max_steps
     return Fitted(
         steps=trainer.state.global_step,
-        tokens=int(trainer.tokens_seen),
+        tokens=tokens,
         seconds=trainer.seconds(),
         peak_memory_bytes=peak_memory_bytes(trainer.args.device),
         best_step=trainer.state.best_global_step if config.early_stopping else None,
@@ -131,20 +153,25 @@ def fit(
     )
 
 
-def training_arguments(config: TrainConfig, output: Path, rows: int, model: nn.Module, evaluates: bool) -> Any:
+def _checkpointing(model: Any, *, on: bool) -> None:
+    """Recomputation of activations; transformers has renamed the switch, and warns of the old name."""
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(model, f"{word}_checkpointing_disable")()
+
+
+def training_arguments(config: TrainConfig, output: Path, rows: int, device: torch.device, evaluates: bool) -> Any:
     """Trainer's arguments for a run."""
     import transformers
 
+    assert config.learning_rate is not None
+    check_setting(config)
     processes = world_size()
-    if config.batch_size % (config.micro_batch_size * processes):
-        raise InputError(
-            f"batch_size {config.batch_size} is no multiple of micro_batch_size {config.micro_batch_size} x "
-            f"{processes} processes: choose one that is"
-        )
     accumulation = config.batch_size // (config.micro_batch_size * processes)
     per_epoch = max(1, math.ceil(math.ceil(rows / (config.micro_batch_size * processes)) / accumulation))
     total = config.max_steps or math.ceil(config.epochs * per_epoch)
-    device = next(model.parameters()).device
     steps: dict[str, Any] = {}
     evaluation = "no" if not evaluates else ("steps" if config.eval_every else "epoch")
     saving = "steps" if config.save_every else "epoch"
@@ -159,8 +186,7 @@ def training_arguments(config: TrainConfig, output: Path, rows: int, model: nn.M
         }
     elif config.save_every:
         steps |= {"save_steps": config.save_every}
-    whole = method_of(config.method_config).trains_base
-    return transformers.TrainingArguments(
+    made = transformers.TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=accumulation,
@@ -175,7 +201,6 @@ def training_arguments(config: TrainConfig, output: Path, rows: int, model: nn.M
         seed=config.seed,
         data_seed=config.seed,
         use_cpu=device.type == "cpu",
-        bf16=whole and config.dtype == "auto" and _autocasts(device),
         logging_strategy="steps",
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
@@ -190,14 +215,48 @@ def training_arguments(config: TrainConfig, output: Path, rows: int, model: nn.M
         ddp_find_unused_parameters=False,
         **steps,
     )
+    # One process drives one device; of several visible ones Trainer would make a DataParallel.
+    if made.n_gpu > 1:
+        made._n_gpu = 1
+    return made
+
+
+def check_setting(config: TrainConfig) -> None:
+    """What can be known to be wrong before a model is loaded: the processes, and what is not installed.
+
+    Raises:
+        InputError: rows that do not divide over the processes, sharding without several of them.
+        MissingExtraError: TensorBoard is asked for and absent.
+    """
+    processes = world_size()
+    if config.batch_size % (config.micro_batch_size * processes):
+        raise InputError(
+            f"batch_size {config.batch_size} is no multiple of micro_batch_size {config.micro_batch_size} x "
+            f"{processes} processes: choose one that is"
+        )
+    if config.sharding != "none" and processes == 1:
+        raise InputError(
+            f"sharding is {config.sharding} and there is one process: start several with torchrun, or leave it at none"
+        )
+    if config.tensorboard:
+        _summary_writer()
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtraError("tensorboard is not installed: pip install 'deltaw[tensorboard]'") from None
+    return SummaryWriter
 
 
 def _autocasts(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _callbacks(config: TrainConfig, run: RunFolder, evaluates: bool) -> list[Any]:
+def _callbacks(config: TrainConfig, run: RunFolder, evaluates: bool, step: int) -> list[Any]:
     import transformers
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     found: list[Any] = []
     if config.early_stopping:
@@ -205,9 +264,6 @@ def _callbacks(config: TrainConfig, run: RunFolder, evaluates: bool) -> list[Any
             raise InputError("early_stopping needs evaluation rows: give eval_data, or hold some out with held_out")
         found.append(transformers.EarlyStoppingCallback(early_stopping_patience=config.early_stopping))
     if config.tensorboard and run.writes:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MissingExtraError("tensorboard is not installed: pip install 'deltaw[tensorboard]'") from None
-        found.append(transformers.integrations.TensorBoardCallback(SummaryWriter(str(run.path / "tensorboard"))))
+        writer = _summary_writer()(str(run.path / "tensorboard"), purge_step=step + 1 if step else None)
+        found.append(TensorBoardCallback(writer))
     return found

@@ -7,6 +7,7 @@ step when a run goes on.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import resource
@@ -93,12 +94,13 @@ class RunFolder:
             write_json(self.path / "run.json", self.record)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Adds a line to `metrics.jsonl`."""
+        """Adds a line to `metrics.jsonl`; a number that is not finite is left out, as JSON has none."""
         if not self.writes:
             return
+        line = {key: value for key, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
         try:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(line)) + "\n")
+                file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise explain_os_error(error, self.path / "metrics.jsonl") from error
 
@@ -155,7 +157,8 @@ def device_record(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = str(getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")) or platform.processor()
+        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        name = str(found.get("cpu_name", "")) or platform.processor()
     return {
         "type": device.type,
         "name": name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -12,15 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
-from deltaw.checkpoint.adapters import adapter_state, load_state, write_state
-from deltaw.core.errors import RunError
+from deltaw.checkpoint.adapters import adapter_state, write_state
+from deltaw.core.errors import InputError, RunError
 from deltaw.core.files import sync_folder
+from deltaw.data.encode import IGNORED
 from deltaw.methods import adapter_parameters
 from deltaw.methods.host import active_method
 from deltaw.train.run_folder import RunFolder
+from deltaw.train.sharding import (
+    is_sharded,
+    load_adapter_weights,
+    load_model_weights,
+    load_optimizer,
+    local_part,
+    optimizer_state,
+    whole_state,
+)
 
 EvaluateFn = Callable[[nn.Module], dict[str, float]]
 
@@ -33,7 +45,12 @@ class DeltawTrainer(transformers.Trainer):
         run: where logs and checkpoints go.
         evaluate_fn: gives the metrics of the model as it is, by plain names (`loss`, `accuracy`).
         say: takes a line of progress.
+        keep_checkpoints: how many to keep besides the best.
+        autocast: whether to compute in bfloat16 with weights in float32.
     """
+
+    #: The loss is divided by the tokens of the whole step, not once more by the number of its micro-batches.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -43,6 +60,7 @@ class DeltawTrainer(transformers.Trainer):
         evaluate_fn: EvaluateFn | None,
         say: Callable[[str], None],
         keep_checkpoints: int,
+        autocast: bool,
         **kwargs: Any,
     ) -> None:
         self.adapter = adapter
@@ -50,19 +68,74 @@ class DeltawTrainer(transformers.Trainer):
         self.evaluate_fn = evaluate_fn
         self.say = say
         self.keep_checkpoints = keep_checkpoints
+        self.autocast = autocast
         self.whole_model = active_method(kwargs["model"], adapter).trains_base
         super().__init__(*args, **kwargs)
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(transformers.ProgressCallback)
         self.add_callback(_Watch(self))
+        self.model_accepts_loss_kwargs = True
+        self.task: str = kwargs["data_collator"].task
+        self.shifted, self.own_loss = _loss_of(kwargs["model"], self.task)
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self.tokens_before = 0
         self.finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        self.grad_norm: Any = None
         self.seconds_before = 0.0
         self.began = time.perf_counter()
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
+
     # One step.
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Labels that carry loss, of a whole step over all processes; at least 1, so that none means a loss of 0."""
+        labels = [batch["labels"][..., 1:] if self.shifted else batch["labels"] for batch in batch_samples]
+        count = torch.stack([found.ne(IGNORED).sum() for found in labels]).sum().to(device)
+        return self.summed(count).clamp(min=1)
+
+    def summed(self, value: Tensor) -> Tensor:
+        """The sum over all processes, every one of which has to ask."""
+        if self.args.world_size == 1:
+            return value
+        total: Tensor = self.accelerator.reduce(value, reduction="sum")
+        return total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss summed over labels, divided by how many the whole step has: how rows are batched changes nothing.
+
+        Most of transformers' classification and encoder-decoder models average over each micro-batch, whatever they
+        are told; for those the loss is made here, from their logits.
+        """
+        # Not accelerate's autocast, which replaces the model's forward for good.
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast):
+            if self.own_loss:
+                loss = self._loss_from_logits(model, dict(inputs)) / num_items_in_batch
+            else:
+                loss = model(**inputs, num_items_in_batch=num_items_in_batch).loss
+        # Processes' gradients are averaged, and their labels are counted together.
+        return loss * self.args.world_size
+
+    def _loss_from_logits(self, model: nn.Module, given: dict[str, Any]) -> Tensor:
+        labels = given.pop("labels")
+        own = self.accelerator.unwrap_model(model)
+        if own.config.is_encoder_decoder and self.task in ("causal-lm", "instruct"):
+            given["decoder_input_ids"] = own.prepare_decoder_input_ids_from_labels(labels=labels)
+        logits = model(**given).logits
+        if self.shifted:
+            labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+        logits, labels = logits.flatten(0, -2).float(), labels.flatten().to(logits.device)
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """A micro-batch: counts tokens, and notes a loss that is not finite without waiting for the device."""
         mask = inputs.get("attention_mask")
         count = inputs["input_ids"].numel() if mask is None else mask.sum()
@@ -71,15 +144,24 @@ class DeltawTrainer(transformers.Trainer):
         self.finite &= torch.isfinite(loss)
         return loss
 
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return self.grad_norm
+
     def check_finite(self) -> None:
-        """Stops before an update that a NaN would spoil."""
-        if bool(self.finite):
-            return
+        """Stops every process before an update that a NaN in any of them would spoil."""
+        broken = self.summed((~self.finite).long())
+        if int(broken):
+            raise self._not_finite("loss is", self.state.global_step + 1)
+        if self.grad_norm is not None and not bool(torch.isfinite(torch.as_tensor(self.grad_norm))):
+            raise self._not_finite("gradient is", self.state.global_step + 1)
+
+    def _not_finite(self, what: str, step: int) -> RunError:
         last = self.run_folder.last_checkpoint()
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        raise RunError(
-            f"the loss is NaN or infinite at step {self.state.global_step + 1}: {kept}; "
-            "lower the learning rate, or look for broken rows"
+        return RunError(
+            f"the {what} NaN or infinite at step {step}: {kept}; lower the learning rate, or look for broken rows"
         )
 
     def check_moved(self) -> None:
@@ -90,8 +172,8 @@ class DeltawTrainer(transformers.Trainer):
         ]
         if without:
             raise RunError(
-                f"{len(without)} trained tensors get no gradient ({without[0]}, ...): the model does not use the modules "
-                "they sit on; leave those out of target_modules"
+                f"{len(without)} trained tensors get no gradient ({without[0]}{', ...' if len(without) > 1 else ''}): "
+                "the model does not use the modules they sit on; leave those out of target_modules"
             )
 
     # Evaluation.
@@ -101,6 +183,11 @@ class DeltawTrainer(transformers.Trainer):
         assert self.evaluate_fn is not None
         values = self.evaluate_fn(self.accelerator.unwrap_model(self.model))
         metrics = {f"eval_{name}": float(value) for name, value in values.items()}
+        best = self.args.metric_for_best_model
+        if best is not None and best not in metrics:
+            raise InputError(
+                f"metric {best.removeprefix('eval_')!r} is not measured: expected one of {', '.join(values)}"
+            )
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -110,6 +197,9 @@ class DeltawTrainer(transformers.Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything under another name first; the checkpoint has its own once it is complete."""
         step = self.state.global_step
+        trained = adapter_parameters(self.accelerator.unwrap_model(self.model), self.adapter).values()
+        if not all(bool(torch.isfinite(local_part(p)).all()) for p in trained):
+            raise self._not_finite("weights are", step)
         target = self.run_folder.checkpoints / f"checkpoint-{step}"
         staging = self.run_folder.checkpoints / f".checkpoint-{step}.tmp"
         if self.args.should_save:
@@ -122,8 +212,9 @@ class DeltawTrainer(transformers.Trainer):
         self._save_optimizer_and_scheduler(str(staging))
         self._save_scaler(str(staging))
         self._save_rng_state(str(staging))
+        tokens = self.tokens()
         if self.args.should_save:
-            self._save_states(staging)
+            self._save_states(staging, tokens)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             sync_folder(staging)
@@ -132,13 +223,34 @@ class DeltawTrainer(transformers.Trainer):
             self._forget_old()
         self.accelerator.wait_for_everyone()
 
-    def _save_states(self, folder: Path) -> None:
+    def _save_states(self, folder: Path, tokens: int) -> None:
+        states: Any = self.state.stateful_callbacks
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, transformers.trainer_callback.ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                states[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(folder / "trainer_state.json"))
-        own = {"tokens": int(self.tokens_seen), "seconds": self.seconds()}
+        own = {"tokens": tokens, "seconds": self.seconds()}
         (folder / "deltaw.json").write_text(json.dumps(own))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        model: Any = self.model
+        schedule: Any = self.lr_scheduler
+        if not is_sharded(model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = optimizer_state(model, self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(schedule.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        model: Any = self.model
+        schedule: Any = self.lr_scheduler
+        if checkpoint is None or not is_sharded(model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(model, self.optimizer, torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True))
+        schedule.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _forget_old(self) -> None:
         found = []
@@ -158,42 +270,69 @@ class DeltawTrainer(transformers.Trainer):
         assert output_dir is not None
         model = self.accelerator.unwrap_model(self.model)
         if self.whole_model:
+            state = whole_state(model) if is_sharded(model) else None
             if self.args.should_save:
-                model.save_pretrained(output_dir, safe_serialization=True)
+                model.save_pretrained(output_dir, state_dict=state, safe_serialization=True)
             return
         state = adapter_state(model, self.adapter)
         if self.args.should_save:
             write_state(model, self.adapter, state, Path(output_dir) / "adapter")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.accelerator.unwrap_model(self.model if model is None else model)
-        folder = Path(resume_from_checkpoint)
+    def _load_weights(self, folder: Path) -> None:
+        model = self.accelerator.unwrap_model(self.model)
         if self.whole_model:
-            _load_whole(target, folder)
+            load_model_weights(model, folder)
         else:
-            load_state(target, self.adapter, folder / "adapter")
-        if model is None:
-            own = json.loads((folder / "deltaw.json").read_text())
-            self.tokens_seen += own["tokens"]
-            self.seconds_before = own["seconds"]
+            load_adapter_weights(model, self.adapter, folder / "adapter")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self._load_weights(folder)
+        own = json.loads((folder / "deltaw.json").read_text())
+        self.tokens_before = own["tokens"]
+        self.seconds_before = own["seconds"]
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._init_training_state(*args, **kwargs)
+        self._place_best()
+        return found
+
+    def _place_best(self) -> None:
+        """The recorded path is of where the run was; the folder may have been moved since."""
+        best = self.state.best_global_step
+        if best is not None:
+            self.state.best_model_checkpoint = str(self.run_folder.checkpoints / f"checkpoint-{best}")
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None:
-            # The recorded path is of where the run was; the folder may have been moved since.
-            self._load_from_checkpoint(str(self.run_folder.checkpoints / Path(best).name), self.model)
+        if self.state.best_model_checkpoint is not None:
+            self._load_weights(Path(self.state.best_model_checkpoint))
 
-    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        best = self.state.best_model_checkpoint
-        if best is not None:
-            self.state.best_model_checkpoint = str(self.run_folder.checkpoints / Path(best).name)
-        return super()._finalize_training(trial, num_train_samples, start_time)
+    def take_ended(self, checkpoint: Path) -> bool:
+        """Takes over the end of a training that had come to it before the process died; False where it had not.
+
+        Trainer itself would go on from there: past `max_steps` inside an epoch, and past an early stop.
+        """
+        state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if not state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            return False
+        self.state = state
+        self._place_best()
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
+        if self.args.should_save:
+            self._forget_old()
+        return True
 
     # Logs.
 
     def seconds(self) -> float:
         """Seconds of training, those before a resume included."""
         return self.seconds_before + time.perf_counter() - self.began
+
+    def tokens(self) -> int:
+        """Tokens seen by all processes, those before a resume included; every process has to ask."""
+        return self.tokens_before + int(self.summed(self.tokens_seen.clone()))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A line of `metrics.jsonl`; Trainer's closing summary is left to `run.json`."""
@@ -203,7 +342,7 @@ class DeltawTrainer(transformers.Trainer):
         epoch = round(self.state.epoch, 6) if self.state.epoch is not None else 0.0
         line: dict[str, Any] = {"step": step, "epoch": epoch, **logs}
         if "loss" in logs:
-            line |= {"tokens": int(self.tokens_seen), "elapsed_s": round(self.seconds(), 3)}
+            line |= {"tokens": self.tokens(), "elapsed_s": round(self.seconds(), 3)}
         if self.args.should_save:
             self.run_folder.log(line)
             self.say(_progress(line, self.state.max_steps))
@@ -233,26 +372,27 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
             self.checked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # What is due once an epoch is done at its last step, so that an evaluation always comes before the checkpoint
+        # of its step: a run that dies in between measures again when it is resumed.
+        if float(state.epoch).is_integer() or control.should_training_stop:
+            control.should_evaluate |= args.eval_strategy == "epoch"
+            control.should_save |= args.save_strategy == "epoch"
         # A checkpoint holds no sums of losses: what was gathered is logged first, resumed or not.
         if control.should_save or control.should_evaluate:
             control.should_log = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_save or control.should_evaluate:
-            control.should_log = True
+        control.should_evaluate = control.should_save = False
 
 
-def _load_whole(model: nn.Module, folder: Path) -> None:
-    from safetensors.torch import load_file
+def _loss_of(model: Any, task: str) -> tuple[bool, bool]:
+    """Whether labels are predicted from the position before, and whether the loss has to be made from the logits."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
 
-    state: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        state |= load_file(file)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    own = dict(model.named_parameters())
-    lost = [key for key in missing if key in own]
-    if lost or unexpected:
-        raise RunError(f"{folder} does not hold this model: {[*lost, *unexpected][0]} is missing or unexpected")
+    if task not in ("causal-lm", "instruct") or model.config.is_encoder_decoder:
+        return False, True
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    return True, not (takes_any and model.loss_function is ForCausalLMLoss)
 
 
 def _progress(line: Mapping[str, Any], max_steps: int) -> str:

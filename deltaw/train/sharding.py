@@ -1,0 +1,127 @@
+"""FSDP2: every process keeps a part of each parameter, gradient and optimizer state, and gathers a block to run it.
+
+torch's `fully_shard` is called here, not through accelerate, which on CPUs quietly falls back to whole copies.
+What gathers or distributes talks to the other processes: every one of them has to call it, in the same order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.checkpoint.adapters import PREFIX, load_state, read_adapter
+from deltaw.core.errors import InputError, RunError
+from deltaw.methods.host import parts_of
+
+
+def shard(model: Any, device: torch.device) -> None:
+    """Shards the model in place, block by block, over all processes; torch.distributed is running.
+
+    Raises:
+        InputError: an encoder-decoder, whose parts are also run by themselves.
+    """
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if model.config.is_encoder_decoder:
+        raise InputError(f"sharding does not know {type(model).__name__}, an encoder-decoder: leave it at none")
+    mesh = init_device_mesh(device.type, (get_world_size(),))
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    for module in reversed(list(model.modules())):
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # Else accelerate would wrap it for DDP.
+    model._is_accelerate_prepared = True
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has taken the model's parameters apart."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; the tensor itself where it is not sharded."""
+    part = getattr(tensor, "to_local", None)
+    found = tensor.detach() if part is None else part().detach()
+    assert isinstance(found, Tensor)
+    return found
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """A sharded model's state on the CPU of the first process; empty on the others."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    return get_model_state_dict(model, options=_options(cpu_offload=True))
+
+
+def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """A sharded optimizer's state on the CPU of the first process; empty on the others."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    return dict(get_optimizer_state_dict(model, _inner(optimizer), options=_options(cpu_offload=True)))
+
+
+def load_optimizer(model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+    """Puts `optimizer_state`'s result back; every process brings the whole of it."""
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    set_optimizer_state_dict(model, _inner(optimizer), state, options=_options())
+
+
+def load_adapter_weights(model: nn.Module, name: str, folder: Path) -> None:
+    """Puts the tensors of an adapter folder into the adapter on the model, sharded or not."""
+    if not is_sharded(model):
+        load_state(model, name, folder)
+        return
+    _, _, tensors = read_adapter(folder)
+    for path, _, part in parts_of(model, name):
+        part.load_tensors({key: _like(own, tensors[f"{PREFIX}{path}{key}"]) for key, own in part.tensors().items()})
+
+
+def load_model_weights(model: nn.Module, folder: Path) -> None:
+    """Puts the weights that `save_pretrained` wrote into a model, sharded or not.
+
+    Raises:
+        RunError: they are another model's.
+    """
+    from safetensors.torch import load_file
+
+    state: dict[str, Any] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        state |= load_file(file)
+    if is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+        missing, unexpected = set_model_state_dict(model, state, options=_options(strict=False))
+    else:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    own = dict(model.named_parameters())
+    lost = [key for key in missing if key in own]
+    if lost or unexpected:
+        raise RunError(f"{folder} does not hold this model: {[*lost, *unexpected][0]} is missing or unexpected")
+
+
+def _like(own: Tensor, values: Tensor) -> Tensor:
+    """The values, distributed as `own` is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(own, DTensor):
+        return values
+    return distribute_tensor(values.to(own.device), own.device_mesh, own.placements)
+
+
+def _options(**changes: Any) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, **changes)
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    found = getattr(optimizer, "optimizer", optimizer)
+    assert isinstance(found, torch.optim.Optimizer)
+    return found

@@ -1,0 +1,144 @@
+"""Several processes through torchrun: the same curve as one, one writer, exact resuming, one fate."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from deltaw.core.errors import InputError
+from deltaw.studies.job import train
+
+HERE = Path(__file__).parent
+# 32 rows, so 4 steps an epoch: one process accumulates 4 micro-batches, two processes 2 each.
+KEYS = {
+    "r": 2, "dropout": 0.0, "epochs": 2, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 5e-3, "log_every": 1,
+    "eval_every": 4, "save_every": 2, "dtype": "float32", "device": "cpu", "max_length": 48, "baselines": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    tiny.make_model(folder / "llama", "llama")
+    tiny.make_model(folder / "bert", "bert")
+    tiny.write_rows(folder / "rows.jsonl", tiny.rows_of("label", 32))
+    tiny.write_rows(folder / "eval.jsonl", tiny.rows_of("label", 6, seed=1))
+    return folder
+
+
+def keys_for(place, output, **changes):
+    data = {"data": str(place / "rows.jsonl"), "eval_data": str(place / "eval.jsonl")}
+    return KEYS | {"model": str(place / "llama"), "output": str(output)} | data | changes
+
+
+def torchrun(root, jobs):
+    """Runs the jobs on two processes; gives their logs."""
+    (root / "jobs.json").write_text(json.dumps({"root": str(root), "jobs": jobs}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+        "--master_port", str(port), str(HERE / "processes.py"), str(root / "jobs.json"),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [json.loads((root / f"log-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def assert_same_run(got, want, *, tolerance):
+    """Curves and weights of two runs, up to the order of sums."""
+    curve, wanted = tiny.logged(got), tiny.logged(want)
+    assert [line.keys() for line in curve] == [line.keys() for line in wanted]
+    for line, other in zip(curve, wanted, strict=True):
+        for key in line:
+            assert line[key] == pytest.approx(other[key], rel=tolerance), (line["step"], key)
+    mine, theirs = (load_file(next(run.glob("*/*model.safetensors"))) for run in (got, want))
+    assert mine.keys() == theirs.keys()
+    for key in theirs:
+        # Adam divides by the gradient's own size: where that is rounding, the update is as well.
+        torch.testing.assert_close(mine[key], theirs[key], rtol=tolerance, atol=KEYS["learning_rate"] * 1e-2, msg=key)
+    assert tiny.record(got)["cost"]["tokens"] == tiny.record(want)["cost"]["tokens"]
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(place, tmp_path):
+    whole = keys_for(place, tmp_path / "whole", dropout=0.2)
+    half = whole | {"output": str(tmp_path / "half")}
+    bert = {"model": str(place / "bert"), "task": "sequence-classification"}
+    jobs = [
+        {"keys": keys_for(place, tmp_path / "two")},
+        {"keys": whole},
+        {"keys": half, "stop_at": 5},
+        {"resume": str(tmp_path / "half")},
+        {"keys": keys_for(place, tmp_path / "nan"), "poison": [1, 3]},
+        {"keys": keys_for(place, tmp_path / "two-bert", **bert)},
+        {"keys": keys_for(place, tmp_path / "odd", batch_size=6, micro_batch_size=2)},
+    ]
+    first, second = torchrun(tmp_path, jobs)
+
+    train(**keys_for(place, tmp_path / "one"))
+    assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-4)
+    train(**keys_for(place, tmp_path / "one-bert", **bert))
+    assert_same_run(tmp_path / "two-bert", tmp_path / "one-bert", tolerance=1e-4)
+    assert "error" not in first[0] | first[5] and "error" not in second[0] | second[5]
+
+    # The second process is silent, and writes its random state alone.
+    assert first[0]["said"] and not any(job["said"] for job in second)
+    for job in second:
+        assert all(Path(file).name == "rng_state_1.pth" for file in job["written"]), job["written"]
+    names = {file.name for file in (tmp_path / "one").iterdir()}
+    assert {file.name for file in (tmp_path / "two").iterdir()} == names
+
+    assert first[2]["error"] == second[2]["error"] == "Stopped: "
+    assert "resuming from step 4" in first[3]["said"]
+    assert tiny.outcome(tmp_path / "half") == tiny.outcome(tmp_path / "whole")
+
+    assert first[4]["error"] == second[4]["error"]
+    assert "NaN or infinite at step 4" in first[4]["error"] and "checkpoint-2" in first[4]["error"]
+    assert tiny.record(tmp_path / "nan")["status"] == "failed"
+
+    assert "6 is no multiple of micro_batch_size 2 x 2 processes" in first[6]["error"]
+    assert not (tmp_path / "odd").exists()
+
+
+def test_sharded_processes_are_one_too(place, tmp_path):
+    whole = keys_for(place, tmp_path / "whole", dropout=0.2, sharding="fsdp2", early_stopping=9, eval_every=2)
+    half = whole | {"output": str(tmp_path / "half")}
+    full = {"method": "full", "learning_rate": 1e-3}
+    full_keys = {key: value for key, value in KEYS.items() if key not in ("r", "dropout")}
+    data = {"model": str(place / "llama"), "data": str(place / "rows.jsonl"), "eval_data": str(place / "eval.jsonl")}
+    jobs = [
+        {"keys": keys_for(place, tmp_path / "two", sharding="fsdp2")},
+        {"keys": whole},
+        {"keys": half, "stop_at": 5},
+        {"resume": str(tmp_path / "half")},
+        {"keys": full_keys | data | full | {"output": str(tmp_path / "two-full"), "sharding": "fsdp2"}},
+    ]
+    first, second = torchrun(tmp_path, jobs)
+    assert [job.get("error") for job in first] == [None, None, "Stopped: ", None, None]
+    for job in first + second:
+        assert job["share"] == pytest.approx(0.5, abs=0.05)
+    train(**keys_for(place, tmp_path / "one"))
+    assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-4)
+    assert tiny.outcome(tmp_path / "half") == tiny.outcome(tmp_path / "whole")
+    train(**full_keys | data | full | {"output": str(tmp_path / "one-full")})
+    assert_same_run(tmp_path / "two-full", tmp_path / "one-full", tolerance=1e-4)
+    for job in second:
+        assert not job["said"]
+        assert all(Path(file).name == "rng_state_1.pth" for file in job["written"]), job["written"]
+
+
+def test_sharding_needs_processes(place, tmp_path):
+    with pytest.raises(InputError, match="start several with torchrun"):
+        train(**keys_for(place, tmp_path / "run", sharding="fsdp2"))
+    assert not (tmp_path / "run").exists()
