@@ -347,7 +347,7 @@ def test_starting_values_follow_the_seed_alone(key):
 
 @pytest.mark.parametrize("key", ALL)
 def test_gradient_checkpointing_gives_the_same_gradients(key):
-    model = build(key).train()
+    model = build(key, dtype=torch.float64, adapter_dtype=torch.float64).train()
     state, calls = torch.get_rng_state(), []
     for module in model.modules():
         if type(module).__name__.endswith("Norm"):
@@ -359,7 +359,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(key):
     torch.set_rng_state(state)
     got = gradients(model, key)
     assert len(calls) - once > once
-    tiny.assert_same(got, expected)
+    # Not bit-equal everywhere: T5 turns its cache off when checkpointing, and then adds up in another order.
+    assert_close(got, expected, 1e-6)
 
 
 @pytest.mark.parametrize("key", ALL)
