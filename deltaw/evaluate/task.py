@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from deltaw.core.errors import InputError
 from deltaw.data import Collator, LabelRow, PromptRow, RowSet, TagRow, Template, clip_prompt, encode
+from deltaw.data.encode import IGNORED
 from deltaw.data.rows import ChatRow, Row, row_input
-from deltaw.data.templates import Renderer
+from deltaw.data.templates import Renderer, special_affixes
 from deltaw.evaluate.baselines import majority, tag_dictionary, tfidf_logreg
 from deltaw.evaluate.generate import generate_answers
 from deltaw.evaluate.heads import predict_sequence_classes, predict_token_classes
@@ -45,13 +47,14 @@ class TaskEvaluator:
         task: a key of `deltaw.data.TASKS`.
         rows: the held-out rows.
         tokenizer: the model's.
-        labels: the names of the classes (classification), or the closed set of answers (`instruct`); None for free text.
+        labels: names of the classes (classification), or the closed set of answers (`instruct`); None for free text.
         template: how prompts are written out; as in training.
         max_length: tokens a sequence; as in training.
         batch_size: rows a forward pass.
         max_new_tokens: above 0, free answers are generated and compared with the reference (`exact_match`).
         seed: of the masks of masked language modelling.
         normalize: label likelihoods a token, so that long labels are not at a disadvantage.
+        encoder_decoder: the models read the prompt with an encoder and write the answer with a decoder.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class TaskEvaluator:
         max_new_tokens: int = 0,
         seed: int = 0,
         normalize: bool = True,
+        encoder_decoder: bool = False,
     ) -> None:
         self.task = task
         self.tokenizer = tokenizer
@@ -83,7 +87,10 @@ class TaskEvaluator:
         self.source = rows
         self.examples: list[dict[str, list[int]]] = encoded.examples
         if task == "masked-lm":
-            self.examples = [_masked(example, tokenizer, seed) for example in encoded.examples]
+            self.examples = _masked(encoded.examples, masking_collator(tokenizer, seed))
+        self.encoder_end = special_affixes(tokenizer)[1] if encoder_decoder else []
+        if encoder_decoder and task == "instruct":
+            self.examples = split_answers(encoded.examples, tokenizer)
         self.prompts: list[list[int]] = []
         self.heads: list[int] = []
         self.groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
@@ -108,9 +115,7 @@ class TaskEvaluator:
         )
         answers = None
         if self.max_new_tokens and self.task == "instruct":
-            answers = generate_answers(
-                model, self.tokenizer, self.prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
-            )
+            answers = self._generated(model, self.prompts, self.heads, self.max_new_tokens)
             metrics |= {k: v for k, v in exact_match(answers, self.references()).items() if k != "n"}
         return Evaluation(metrics, answers=answers)
 
@@ -121,11 +126,15 @@ class TaskEvaluator:
     # Closed answers.
 
     def _render(self) -> None:
-        """Prompts, and for a closed set the tokens of every label as they would follow each prompt."""
+        """Prompts, and for a closed set the tokens of every label as they would follow each prompt.
+
+        A prompt is cut as in training where the longest label is the answer: which one it is must not show.
+        """
         renderer = Renderer(self.tokenizer, self.template)
+        end = int(self.template.style == "plain")
         for index, row in enumerate(self.rows):
             rendered = renderer.render(row)
-            self.prompts.append(rendered.ids[: rendered.answer])
+            self.prompts.append(rendered.ids[: rendered.answer] + self.encoder_end)
             self.heads.append(rendered.head)
             if self.labels is None:
                 continue
@@ -135,8 +144,12 @@ class TaskEvaluator:
                 key.append(tuple(with_label.ids[with_label.answer :]))
             self.groups.setdefault(tuple(key), []).append(index)
         for labels, members in self.groups.items():
-            room = self.max_length - max(len(label) for label in labels)
+            room = self.max_length - max(len(label) for label in labels) - end
             for index in members:
+                if room <= self.heads[index]:
+                    raise InputError(
+                        f"max_length {self.max_length} has no room for a prompt beside the labels: raise it"
+                    )
                 self.prompts[index] = clip_prompt(self.prompts[index], room, head=self.heads[index])
 
     def _likelihoods(self, model: Any) -> Evaluation:
@@ -158,7 +171,8 @@ class TaskEvaluator:
             for place, index in enumerate(members):
                 nats -= float(per_token[place, truth[index]]) * int(lengths[truth[index]])
                 tokens += int(lengths[truth[index]])
-        return self._labelled(scores, truth, nats / tokens)
+        found = self._labelled(scores, truth, nats / tokens)
+        return replace(found, metrics=found.metrics | {"perplexity": math.exp(nats / tokens)})
 
     def _labelled(self, scores: Tensor, truth: list[int], loss: float) -> Evaluation:
         assert self.labels is not None
@@ -202,13 +216,22 @@ class TaskEvaluator:
             return [evaluation.answers[index] for index in self.shown()]
         if self.task == "masked-lm":
             return None
-        prompts = []
-        for index in self.shown():
-            ids = self.prompts[index] if self.task == "instruct" else _first_half(self.examples[index]["input_ids"])
-            prompts.append(ids[-self.max_length :])
-        return generate_answers(
-            model, self.tokenizer, prompts, max_new_tokens=_EXAMPLE_TOKENS, batch_size=self.batch_size
-        )
+        shown = self.shown()
+        if self.task == "instruct":
+            prompts, heads = [self.prompts[i] for i in shown], [self.heads[i] for i in shown]
+        else:
+            prompts, heads = [_first_half(self.examples[i]["input_ids"]) for i in shown], [0] * len(shown)
+        return self._generated(model, prompts, heads, _EXAMPLE_TOKENS)
+
+    def _generated(self, model: Any, prompts: Sequence[list[int]], heads: Sequence[int], new_tokens: int) -> list[str]:
+        """Greedy answers, after as much of the end of each prompt as leaves the model room to answer."""
+        room = self.max_length
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(limit, int) and limit > 0 and not model.config.is_encoder_decoder:
+            new_tokens = min(new_tokens, limit - 1)
+            room = min(room, limit - new_tokens)
+        cut = [clip_prompt(ids, room, head=head) for ids, head in zip(prompts, heads, strict=True)]
+        return generate_answers(model, self.tokenizer, cut, max_new_tokens=new_tokens, batch_size=self.batch_size)
 
     def example_rows(self, before: list[str] | None, after: list[str] | None) -> list[dict[str, str]]:
         """Lines of `examples.jsonl`."""
@@ -264,7 +287,9 @@ def _answered(row: Row, label: str) -> Row:
     if isinstance(row, LabelRow):
         return replace(row, label=label)
     if isinstance(row, PromptRow):
-        return replace(row, completion=label)
+        # White space around the answer is part of what training shows.
+        before, _, after = row.completion.partition(row.completion.strip() or row.completion)
+        return replace(row, completion=f"{before}{label}{after}")
     raise InputError("label likelihoods need rows of prompt and completion, or of text and label")
 
 
@@ -304,10 +329,34 @@ def _first_half(ids: list[int]) -> list[int]:
     return ids[: max(1, len(ids) // 2)]
 
 
-def _masked(example: Mapping[str, list[int]], tokenizer: Any, seed: int) -> dict[str, list[int]]:
-    collator = masking_collator(tokenizer, seed)
-    batch = collator([dict(example)])
-    return {"input_ids": batch["input_ids"][0].tolist(), "labels": batch["labels"][0].tolist()}
+def _masked(examples: Sequence[Mapping[str, list[int]]], collator: Collator) -> list[dict[str, list[int]]]:
+    batches = (collator([dict(example)]) for example in examples)
+    return [{key: batch[key][0].tolist() for key in ("input_ids", "labels")} for batch in batches]
+
+
+def split_answers(examples: Sequence[Mapping[str, list[int]]], tokenizer: Any) -> list[dict[str, list[int]]]:
+    """Prompt and answer of encoded `instruct` rows apart, for an encoder and a decoder; the last answer is learnt."""
+    end = special_affixes(tokenizer)[1]
+    made = []
+    for example in examples:
+        ids, labels = example["input_ids"], example["labels"]
+        start = max(i for i in range(1, len(ids)) if labels[i] != IGNORED and labels[i - 1] == IGNORED)
+        made.append({"input_ids": ids[:start] + end, "labels": labels[start:]})
+    return made
+
+
+class AnswerCollator(Collator):
+    """Batches of prompts for an encoder and answers for a decoder, each padded to its own longest."""
+
+    def __init__(self, pad_token_id: int | None) -> None:
+        super().__init__("instruct", pad_token_id)
+
+    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        """The batch; `labels` are (batch, answer tokens)."""
+        prompts = [{"input_ids": e["input_ids"], "labels": [IGNORED] * len(e["input_ids"])} for e in examples]
+        longest = max(len(example["labels"]) for example in examples)
+        padded = [e["labels"] + [IGNORED] * (longest - len(e["labels"])) for e in examples]
+        return super().__call__(prompts) | {"labels": torch.tensor(padded)}
 
 
 def masking_collator(tokenizer: Any, seed: int) -> Collator:

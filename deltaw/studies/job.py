@@ -13,12 +13,21 @@ from typing import Any
 from deltaw.checkpoint import load_adapter, load_model, load_tokenizer, save_adapter, save_model
 from deltaw.checkpoint.adapters import adapter_state, write_state
 from deltaw.checkpoint.model_files import ModelFacts, model_facts
+from deltaw.core.configs import to_plain
 from deltaw.core.errors import DeltawError, InputError
 from deltaw.core.files import atomic_folder
 from deltaw.data import Collator, encode, pack
 from deltaw.data.packing import check_packing
-from deltaw.evaluate.task import Evaluation, TaskEvaluator, masking_collator, metric_function
+from deltaw.evaluate.task import (
+    AnswerCollator,
+    Evaluation,
+    TaskEvaluator,
+    masking_collator,
+    metric_function,
+    split_answers,
+)
 from deltaw.methods import Full, adapt, adapter_names, method_of, set_adapter, summary
+from deltaw.methods.host import book_of
 from deltaw.models.sites import task_heads
 from deltaw.report import write_report
 from deltaw.studies.rows import RunRows, rows_record, run_rows
@@ -87,7 +96,7 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
         name = add_adapter(model, config)
         sites = summary(model, name)
         examples, collator, counts = training_examples(config, rows, tokenizer, model)
-        evaluators = _evaluators(config, rows, tokenizer)
+        evaluators = _evaluators(config, rows, tokenizer, encoder_decoder=model.config.is_encoder_decoder)
         _describe(run, config, rows, model, sites, counts, evaluators)
         say(_plan_line(config, rows, sites, len(examples)))
         for set_name, record in run.record["data"].items():
@@ -170,6 +179,8 @@ def load_job_model(config: TrainConfig, rows: RunRows) -> Any:
 def add_adapter(model: Any, config: TrainConfig) -> str:
     """Puts the run's adapter on the model: a new one, or the one to go on from; a new head is trained along."""
     if config.adapter is not None:
+        if isinstance(config.method_config, Full):
+            raise InputError("method full trains the model itself and goes on with no adapter: give adapter or full")
         load_adapter(model, config.adapter, name="default", trainable=True, active=True)
         return "default"
     method_config = config.method_config
@@ -196,6 +207,12 @@ def training_examples(
     )
     if rows.task == "masked-lm":
         return encoded.examples, masking_collator(tokenizer, config.seed), encoded.counts
+    if model.config.is_encoder_decoder and rows.task == "causal-lm":
+        raise InputError(f"{config.model} is an encoder-decoder and has no causal-lm: use instruct, with prompts")
+    if model.config.is_encoder_decoder and rows.task == "instruct":
+        if config.pack:
+            raise InputError(f"{config.model} is an encoder-decoder, whose rows cannot be packed: leave pack out")
+        return split_answers(encoded.examples, tokenizer), AnswerCollator(tokenizer.pad_token_id), encoded.counts
     if config.pack:
         check_packing(model)
         packed = pack(encoded.examples, length_of(config))
@@ -223,7 +240,9 @@ def _recorded(run: RunFolder) -> Iterator[None]:
         raise
 
 
-def _evaluators(config: TrainConfig, rows: RunRows, tokenizer: Any) -> dict[str, TaskEvaluator]:
+def _evaluators(
+    config: TrainConfig, rows: RunRows, tokenizer: Any, *, encoder_decoder: bool
+) -> dict[str, TaskEvaluator]:
     found: dict[str, TaskEvaluator] = {}
     for name, held in (("eval", rows.evaluation), ("test", rows.test)):
         if held is None:
@@ -241,6 +260,7 @@ def _evaluators(config: TrainConfig, rows: RunRows, tokenizer: Any) -> dict[str,
             batch_size=config.eval_batch_size,
             max_new_tokens=config.max_new_tokens,
             seed=config.seed,
+            encoder_decoder=encoder_decoder,
         )
     return found
 
@@ -273,7 +293,7 @@ def _describe(
         data=data,
         method={
             "name": sites.method,
-            "config": {k: v for k, v in config.plain().items() if k in _method_keys(config)},
+            "config": to_plain(book_of(model).configs[sites.adapter]),
             "sites": [
                 {
                     "name": site.name,
@@ -291,10 +311,6 @@ def _describe(
             "adapter_bytes": sites.adapter_bytes,
         },
     )
-
-
-def _method_keys(config: TrainConfig) -> set[str]:
-    return {item.name for item in dataclasses.fields(config.method_config)}
 
 
 def _before(

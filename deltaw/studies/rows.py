@@ -51,16 +51,21 @@ def run_rows(config: TrainConfig, *, generative: bool) -> RunRows:
     train = _for_task(train, task)
     evaluation = None if config.eval_data is None else _for_task(read(config, config.eval_data), task)
     test = None if config.test_data is None else _for_task(read(config, config.test_data), task)
+    labels = None if config.labels is None else list(config.labels)
+    if labels is None and (task != "instruct" or train.layout in ("label", "prompt")):
+        # Of all rows: a label may well be rare enough to stand in the held-out ones alone.
+        labels = label_set(train)
     held_out = config.held_out
     if held_out is None:
         held_out = 0.1 if evaluation is None and test is None else 0
-    if held_out and evaluation is None:
+    if held_out and evaluation is not None:
+        raise InputError(f"got held_out {held_out} and eval_data {config.eval_data}: give one of them")
+    if held_out:
         train, evaluation = split_rows(train, held_out=held_out, seed=config.seed)
-    labels = None if config.labels is None else list(config.labels)
-    if labels is None and (task != "instruct" or train.layout in ("label", "prompt")):
-        labels = label_set(train)
     if task.endswith("classification") and labels is None:
-        raise InputError(f"{train.source}: {task} needs a small set of labels, and the rows have none: name them with labels")
+        raise InputError(
+            f"{train.source}: {task} needs a small set of labels, and the rows have none: name them with labels"
+        )
     return RunRows(task, train, evaluation, test if test is not None else evaluation, labels)
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+import small_runs
 import torch
 from safetensors.torch import load_file
 
@@ -28,10 +28,10 @@ KEYS = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    tiny.make_model(folder / "llama", "llama")
-    tiny.make_model(folder / "bert", "bert")
-    tiny.write_rows(folder / "rows.jsonl", tiny.rows_of("label", 32))
-    tiny.write_rows(folder / "eval.jsonl", tiny.rows_of("label", 6, seed=1))
+    small_runs.make_model(folder / "llama", "llama")
+    small_runs.make_model(folder / "bert", "bert")
+    small_runs.write_rows(folder / "rows.jsonl", small_runs.rows_of("label", 32))
+    small_runs.write_rows(folder / "eval.jsonl", small_runs.rows_of("label", 6, seed=1))
     return folder
 
 
@@ -58,7 +58,7 @@ def torchrun(root, jobs):
 
 def assert_same_run(got, want, *, tolerance):
     """Curves and weights of two runs, up to the order of sums."""
-    curve, wanted = tiny.logged(got), tiny.logged(want)
+    curve, wanted = small_runs.logged(got), small_runs.logged(want)
     assert [line.keys() for line in curve] == [line.keys() for line in wanted]
     for line, other in zip(curve, wanted, strict=True):
         for key in line:
@@ -68,7 +68,7 @@ def assert_same_run(got, want, *, tolerance):
     for key in theirs:
         # Adam divides by the gradient's own size: where that is rounding, the update is as well.
         torch.testing.assert_close(mine[key], theirs[key], rtol=tolerance, atol=KEYS["learning_rate"] * 1e-2, msg=key)
-    assert tiny.record(got)["cost"]["tokens"] == tiny.record(want)["cost"]["tokens"]
+    assert small_runs.record(got)["cost"]["tokens"] == small_runs.record(want)["cost"]["tokens"]
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(place, tmp_path):
@@ -101,11 +101,11 @@ def test_two_processes_are_one_with_twice_the_accumulation(place, tmp_path):
 
     assert first[2]["error"] == second[2]["error"] == "Stopped: "
     assert "resuming from step 4" in first[3]["said"]
-    assert tiny.outcome(tmp_path / "half") == tiny.outcome(tmp_path / "whole")
+    assert small_runs.outcome(tmp_path / "half") == small_runs.outcome(tmp_path / "whole")
 
     assert first[4]["error"] == second[4]["error"]
     assert "NaN or infinite at step 4" in first[4]["error"] and "checkpoint-2" in first[4]["error"]
-    assert tiny.record(tmp_path / "nan")["status"] == "failed"
+    assert small_runs.record(tmp_path / "nan")["status"] == "failed"
 
     assert "6 is no multiple of micro_batch_size 2 x 2 processes" in first[6]["error"]
     assert not (tmp_path / "odd").exists()
@@ -130,7 +130,7 @@ def test_sharded_processes_are_one_too(place, tmp_path):
         assert job["share"] == pytest.approx(0.5, abs=0.05)
     train(**keys_for(place, tmp_path / "one"))
     assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-4)
-    assert tiny.outcome(tmp_path / "half") == tiny.outcome(tmp_path / "whole")
+    assert small_runs.outcome(tmp_path / "half") == small_runs.outcome(tmp_path / "whole")
     train(**full_keys | data | full | {"output": str(tmp_path / "one-full")})
     assert_same_run(tmp_path / "two-full", tmp_path / "one-full", tolerance=1e-4)
     for job in second:

@@ -10,7 +10,7 @@ import signal
 
 import dying
 import pytest
-import tiny
+import small_runs
 
 from deltaw.core.errors import InputError
 from deltaw.studies.job import resume, train
@@ -28,11 +28,11 @@ KEYS = {
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     for family in ("llama", "gpt2", "bert"):
-        tiny.make_model(folder / family, family, dropout=0.1)
-    tiny.write_rows(folder / "label.jsonl", tiny.rows_of("label", 22))
-    tiny.write_rows(folder / "text.jsonl", tiny.rows_of("text", 22))
-    tiny.write_rows(folder / "label-eval.jsonl", tiny.rows_of("label", 6, seed=1))
-    tiny.write_rows(folder / "text-eval.jsonl", tiny.rows_of("text", 6, seed=1))
+        small_runs.make_model(folder / family, family, dropout=0.1)
+    small_runs.write_rows(folder / "label.jsonl", small_runs.rows_of("label", 22))
+    small_runs.write_rows(folder / "text.jsonl", small_runs.rows_of("text", 22))
+    small_runs.write_rows(folder / "label-eval.jsonl", small_runs.rows_of("label", 6, seed=1))
+    small_runs.write_rows(folder / "text-eval.jsonl", small_runs.rows_of("text", 6, seed=1))
     return folder
 
 
@@ -63,7 +63,7 @@ def processes():
 @pytest.fixture(scope="module")
 def whole(place, processes):
     assert processes(dying.train_here, keys_for(place, place / "whole")) == 0
-    return tiny.outcome(place / "whole")
+    return small_runs.outcome(place / "whole")
 
 
 DRAW = random.Random(7)
@@ -87,11 +87,11 @@ MOMENTS = [
 def test_killed_and_resumed(place, processes, whole, tmp_path, moment, count):
     run = tmp_path / "run"
     assert processes(dying.train_and_die, keys_for(place, run), moment, count) == -signal.SIGKILL
-    died = tiny.record(run)
+    died = small_runs.record(run)
     assert died["status"] == ("done" if moment == "reporting" else "running")
     assert died["metrics"]["before"] == whole[2]["before"]
     assert processes(dying.resume_here, str(run)) == 0
-    assert tiny.outcome(run) == whole
+    assert small_runs.outcome(run) == whole
     assert (run / "report.html").exists()
     left = sorted(child.name for child in (run / "checkpoints").iterdir())
     assert left == ["checkpoint-12"]
@@ -103,7 +103,7 @@ def test_killed_again_and_again(place, processes, whole, tmp_path):
     for moment, count in [("micro-batch", 2), ("micro-batch", 5), ("writing", 2), ("evaluating", 1)]:
         assert processes(dying.resume_and_die, str(run), moment, count) == -signal.SIGKILL
     assert processes(dying.resume_here, str(run)) == 0
-    assert tiny.outcome(run) == whole
+    assert small_runs.outcome(run) == whole
 
 
 def test_killed_in_an_epochs_evaluation(place, processes, tmp_path):
@@ -114,14 +114,14 @@ def test_killed_in_an_epochs_evaluation(place, processes, tmp_path):
         run = tmp_path / moment
         assert processes(dying.train_and_die, keys_for(place, run, **changes), moment, count) == -signal.SIGKILL
         assert processes(dying.resume_here, str(run)) == 0
-        assert tiny.outcome(run) == tiny.outcome(tmp_path / "whole")
+        assert small_runs.outcome(run) == small_runs.outcome(tmp_path / "whole")
 
 
 def test_the_same_twice_and_another_seed(place, processes, whole, tmp_path):
     assert processes(dying.train_here, keys_for(place, tmp_path / "again")) == 0
-    assert tiny.outcome(tmp_path / "again") == whole
+    assert small_runs.outcome(tmp_path / "again") == whole
     assert processes(dying.train_here, keys_for(place, tmp_path / "other", seed=1)) == 0
-    other = tiny.outcome(tmp_path / "other")
+    other = small_runs.outcome(tmp_path / "other")
     assert other[0] != whole[0] and other[1] != whole[1]
 
 
@@ -161,11 +161,11 @@ def test_resumed_in_every_setting(place, tmp_path, monkeypatch, name):
     monkeypatch.setattr(DeltawTrainer, "training_step", stopping)
     with pytest.raises(Stopped):
         train(**keys | {"output": str(tmp_path / "run")})
-    assert tiny.record(tmp_path / "run")["status"] == "failed"
+    assert small_runs.record(tmp_path / "run")["status"] == "failed"
     monkeypatch.undo()
     lines = []
     resume(tmp_path / "run", say=lines.append)
-    assert tiny.outcome(tmp_path / "run") == tiny.outcome(tmp_path / "whole")
+    assert small_runs.outcome(tmp_path / "run") == small_runs.outcome(tmp_path / "whole")
     assert any("resuming from step" in line for line in lines)
 
 
@@ -177,7 +177,7 @@ def test_masks_differ_between_epochs(place, tmp_path):
     from deltaw.data.encode import encode
     from deltaw.evaluate.task import masking_collator
 
-    tokenizer = tiny.word_tokenizer(encoder=True)
+    tokenizer = small_runs.word_tokenizer(encoder=True)
     rows = encode(read_rows(str(place / "text.jsonl")), tokenizer, "masked-lm", max_length=48)
     collator = masking_collator(tokenizer, 0)
     first = collator(rows.examples)
@@ -210,7 +210,7 @@ def test_a_moved_run_goes_on(place, tmp_path, monkeypatch):
     monkeypatch.undo()
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
     resume(tmp_path / "elsewhere")
-    assert tiny.outcome(tmp_path / "elsewhere") == tiny.outcome(tmp_path / "whole")
+    assert small_runs.outcome(tmp_path / "elsewhere") == small_runs.outcome(tmp_path / "whole")
 
 
 def test_a_fresh_run_does_not_overwrite_one(place, tmp_path):
@@ -242,4 +242,4 @@ def test_a_cut_line_is_forgotten(place, tmp_path, monkeypatch):
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 5, "epoch": 0.8, "loss": 1.0})[:-4])
     resume(tmp_path / "run")
-    assert tiny.outcome(tmp_path / "run") == tiny.outcome(tmp_path / "whole")
+    assert small_runs.outcome(tmp_path / "run") == small_runs.outcome(tmp_path / "whole")
