@@ -11,6 +11,7 @@ from deltaw.report.markup import Html, el, join
 WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 46, 428, 50, 230
 MOST_POINTS = 400
+FEW_POINTS = 12
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -139,7 +140,7 @@ def drawn_series(
 ) -> Html:
     """A line, its points with their tooltips, and its entry in the legend."""
     points = thinned(line.points)
-    marked = line.dashed or sum(y is not None for _, y in points) == 1
+    marked = line.dashed or len(points) <= FEW_POINTS
     path = drawn_path([None if y is None else place(x, y) for x, y in points])
     parts = [el("path", d=path, cls="line")]
     for x, y in points:

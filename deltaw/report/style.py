@@ -100,6 +100,7 @@ td.num, th.num { text-align: right; white-space: nowrap; }
 thead th.num { white-space: normal; }
 td.strong { font-weight: 700; }
 td.long { overflow-wrap: anywhere; min-width: 180px; }
+.scroll td.long { max-width: 260px; }
 .scroll {
   overflow-x: auto; max-width: 100%; container-type: inline-size;
   /* Shadows at the edges where there is more to scroll to. */
@@ -109,7 +110,7 @@ td.long { overflow-wrap: anywhere; min-width: 180px; }
     linear-gradient(to right, var(--edge), transparent) 0 0 / 14px 100% scroll no-repeat,
     linear-gradient(to left, var(--edge), transparent) 100% 0 / 14px 100% scroll no-repeat;
 }
-.scroll th, .scroll td { max-width: 400px; overflow-wrap: anywhere; }
+.scroll th, .scroll td { max-width: 360px; overflow-wrap: anywhere; }
 .scroll td.num { overflow-wrap: normal; }
 caption span { display: block; position: sticky; left: 0; max-width: 100cqw; }
 .scroll > table.short { width: auto; min-width: min(100%, 420px); }
@@ -216,8 +217,11 @@ pre.command {
   th, td { padding: 5px 6px; }
   td.long { min-width: 0; }
   .prompt, .answers dd { max-height: none; overflow: visible; }
-  .card, .tiles div, .banner, tr, figure { break-inside: avoid; }
+  .card, .tiles div, .banner, tr, figure, p, .grid { break-inside: avoid; }
   .scroll thead th, .confusion tbody th { overflow-wrap: break-word; }
+  .confusion { border-spacing: 2px; font-size: 8.5pt; }
+  .confusion thead th, .confusion tbody th, .confusion td.recall { font-size: 8.5pt; }
+  .confusion th, .confusion td { min-width: 0; padding: 5px 3px; }
   h2, h3, caption, section > p { break-after: avoid; }
   .fill, .track, .cell { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }

@@ -284,12 +284,16 @@ def cost_table(run: dict[str, Any]) -> Table:
 def data_table(run: dict[str, Any]) -> Table:
     """Splits by row; their source, layout and counts by column."""
     counts = ["rows", "tokens", "loss_tokens", "truncated", "dropped", "empty", "bad"]
-    names = {"loss_tokens": "Tokens with loss"}
-    table = [["Split", *(names.get(name, name.capitalize()) for name in counts), "Layout", "Source"]]
-    for split, found in part(run, "data").items():
-        if isinstance(found, dict) and found:
-            written = [format_count(found.get(name)) for name in counts]
-            table.append([split, *written, plain(found.get("layout")), plain(found.get("source"))])
+    names = {"tokens": "Tokens", "loss_tokens": "Tokens with loss"}
+    splits = {split: found for split, found in part(run, "data").items() if isinstance(found, dict) and found}
+    # Counts of one layout only (tags that matched nothing) matter where there are any.
+    counts += dict.fromkeys(
+        key for found in splits.values() for key in found if key not in counts and number(found[key])
+    )
+    table = [["Split", *(names.get(name, label(name)) for name in counts), "Layout", "Source"]]
+    for split, found in splits.items():
+        written = [format_count(found.get(name)) for name in counts]
+        table.append([split, *written, plain(found.get("layout")), plain(found.get("source"))])
     return without_empty_columns(table)
 
 

@@ -161,6 +161,10 @@ def test_data_and_cost(run: dict[str, Any]) -> None:
     assert table[0] == names
     assert table[1] == ["train", "800", "30,112", "1,611", "3", "0", "0", "0", "label", "reviews-train.jsonl"]
     assert cost_table(run)[1:3] == [["Training time", "2 min 21 s"], ["Evaluation time", "23.9 s"]]
+    run["data"]["test"] |= {"unmatched": 2, "conflicts": 0}
+    found = data_table(run)
+    assert "Unmatched" in found[0] and "Conflicts" not in found[0]
+    assert [row[found[0].index("Unmatched")] for row in found[1:]] == [MISSING, MISSING, "2"]
     assert data_table({"data": {"train": {}, "eval": None}}) == []
     assert cost_table({"cost": {"train_s": None}}) == []
 
