@@ -62,6 +62,8 @@ def merge(model: nn.Module, *, keep_original: bool = True) -> nn.Module:
                 plan += _merged_parameters(path, module, site, chosen, changed)
         plan += _same_biases(model, plan)
         tie = _untie(model, plan)
+        if tie:
+            plan = _parted(model, plan)
         originals = [(owner, name, owner._parameters[name]) for owner, name, _ in plan]
         for owner, name, new in plan:
             owner._parameters[name] = new
@@ -158,7 +160,13 @@ def _sum(weight: DenseWeight, parts: list[tuple[Any, float]]) -> Tensor:
         rows = slice(start, min(start + step, weight.shape[0]))
         total = weight.dequantize(rows, _wide(stored.dtype)).clone()
         for part, scale in parts:
-            total.add_(part.delta(rows), alpha=scale)
+            low = part.low_rank()
+            if low is not None and low.out_scale is None:
+                total.addmm_(
+                    low.B.detach()[rows].to(total.dtype), low.A.detach().to(total.dtype), alpha=low.scale * scale
+                )
+            else:
+                total.add_(part.delta(rows), alpha=scale)
         target[rows] = total.to(stored.dtype)
     return new
 
@@ -176,6 +184,23 @@ def _same_biases(
         and id(bias) in new
         and (id(module), "bias") not in planned
     ]
+
+
+def _parted(
+    model: nn.Module, plan: list[tuple[nn.Module, str, nn.Parameter]]
+) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The plan with a parameter of its own for every name: an untied model is read back with nothing tied."""
+    planned = {(id(owner), name): new for owner, name, new in plan}
+    seen: set[int] = set()
+    whole = list(plan)
+    for _, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            result = planned.get((id(module), name), parameter)
+            if result is not None and id(result) in seen:
+                own = nn.Parameter(result.detach().clone(), requires_grad=False)
+                whole = [item for item in whole if item[0] is not module or item[1] != name] + [(module, name, own)]
+            seen.add(id(result))
+    return whole
 
 
 def _text_config(model: nn.Module) -> Any:
