@@ -90,7 +90,7 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
             write_report(run.path)
         return run
     run.save(status="running")
-    with _recorded(run):
+    with _recorded(run, fresh=not resuming):
         tokenizer = load_tokenizer(config.model)
         model = load_job_model(config, rows)
         name = add_adapter(model, config)
@@ -229,15 +229,29 @@ def _open(config: TrainConfig, command: str, first: bool, resuming: bool) -> Run
 
 
 @contextlib.contextmanager
-def _recorded(run: RunFolder) -> Iterator[None]:
-    """Writes into `run.json` how the run failed, if it did."""
+def _recorded(run: RunFolder, *, fresh: bool) -> Iterator[None]:
+    """Writes into `run.json` how the run failed, if it did.
+
+    A fresh run that wrong input kept from beginning leaves nothing, so that the mended command may use its folder.
+    """
     try:
         yield
     except BaseException as error:
+        if fresh and isinstance(error, InputError) and "data" not in run.record:
+            _withdraw(run)
+            raise
         line = "interrupted" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
         with contextlib.suppress(DeltawError, OSError):
             run.save(status="failed", error=line or type(error).__name__)
         raise
+
+
+def _withdraw(run: RunFolder) -> None:
+    if run.writes:
+        with contextlib.suppress(OSError):
+            (run.path / "config.yaml").unlink()
+            (run.path / "run.json").unlink()
+            run.path.rmdir()
 
 
 def _evaluators(
