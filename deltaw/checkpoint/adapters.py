@@ -205,7 +205,7 @@ def load_adapter(
     Args:
         model: the base it was trained on, adapted or not.
         path: a folder that `save_adapter` or PEFT wrote, or a run folder.
-        name: how to call it; None means the folder's name.
+        name: how to call it; None means the folder's name, with what a name cannot have replaced.
         trainable: whether to go on training it, then in at least float32; else its tensors keep their dtype.
         active: whether to compute with it now, alone; None means only if it is the first.
 
@@ -217,6 +217,8 @@ def load_adapter(
     if name is None:
         stem = folder.parent.name if folder.name == "adapter" else folder.name
         name = re.sub(r"[^A-Za-z0-9_-]", "-", stem) or "default"
+        # A folder may be called what no adapter can: `train`, `keys`.
+        name = f"adapter-{name}" if hasattr(nn.ModuleDict(), name) else name
     before = dict(book_of(model).active)
     adapt(model, _exact_modules(model, config), name=name, trainable=trainable)
     try:

@@ -192,6 +192,8 @@ def adapt(
     book = book_of(model)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise InputError(f"adapter name {name!r}: expected letters, digits, _ and -")
+    if hasattr(nn.ModuleDict(), name):
+        raise InputError(f"adapter name {name!r} means something to torch's modules: choose another")
     if name in book.configs:
         raise InputError(f"the model already has an adapter named {name!r}: choose another name, or delete it first")
     if book.merged is not None:

@@ -247,5 +247,6 @@ def test_a_broken_one_among_several_leaves_none(folder):
 
 
 def test_a_folder_name_that_is_no_adapter_name(folder):
-    target = folder.rename(folder.parent / "my adapter, v1.0")
-    assert dw.adapter_names(dw.load_adapter(tiny.tiny("llama"), target)) == ["my-adapter--v1-0"]
+    for name, expected in [("my adapter, v1.0", "my-adapter--v1-0"), ("train", "adapter-train")]:
+        folder = folder.rename(folder.parent / name)
+        assert dw.adapter_names(dw.load_adapter(tiny.tiny("llama"), folder)) == [expected]
