@@ -52,8 +52,9 @@ def make_model(
     usual |= {"max_position_embeddings": 256, "initializer_range": std, "tie_word_embeddings": tied}
     drops = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     bert_drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    llama = {"num_key_value_heads": 2, "bos_token_id": 1, "classifier_dropout": dropout}
     if family == "llama":
-        kind, config = "LlamaForCausalLM", transformers.LlamaConfig(**usual, num_key_value_heads=2, bos_token_id=1)
+        kind, config = "LlamaForCausalLM", transformers.LlamaConfig(**usual, **llama)
     elif family == "gpt2":
         shape = {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": 256, "initializer_range": std}
         kind, config = "GPT2LMHeadModel", transformers.GPT2Config(**both, **shape, **drops, bos_token_id=1)
@@ -143,7 +144,13 @@ def outcome(run: Path) -> tuple[bytes, list[dict[str, Any]], dict[str, Any], str
     if not weights.exists():
         weights = run / "model" / "model.safetensors"
     counts = {key: done["cost"][key] for key in ("steps", "tokens")}
-    return weights.read_bytes(), logged(run), done["metrics"] | counts, (run / "examples.jsonl").read_text()
+    examples = run / "examples.jsonl"
+    return (
+        weights.read_bytes(),
+        logged(run),
+        done["metrics"] | counts,
+        examples.read_text() if examples.exists() else "",
+    )
 
 
 def noise(shape: tuple[int, ...], *names: str | int) -> torch.Tensor:

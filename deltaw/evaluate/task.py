@@ -109,19 +109,16 @@ class TaskEvaluator:
         if self.task == "token-classification":
             return self._tags(model)
         if self.task == "instruct" and self.closed:
-            return self._likelihoods(model)
-        metrics: dict[str, float] = dict(
-            perplexity(model, self.examples, batch_size=self.batch_size, pad_token_id=self.pad)
-        )
-        answers = None
-        if self.max_new_tokens and self.task == "instruct":
-            answers = self._generated(model, self.prompts, self.heads, self.max_new_tokens)
-            metrics |= {k: v for k, v in exact_match(answers, self.references()).items() if k != "n"}
-        return Evaluation(metrics, answers=answers)
-
-    def loss_examples(self) -> list[dict[str, list[int]]]:
-        """The encoded rows."""
-        return self.examples
+            found = self._likelihoods(model)
+        else:
+            found = Evaluation(
+                dict(perplexity(model, self.examples, batch_size=self.batch_size, pad_token_id=self.pad))
+            )
+        if not self.max_new_tokens or self.task != "instruct":
+            return found
+        answers = self._generated(model, self.prompts, self.heads, self.max_new_tokens)
+        matches = {k: float(v) for k, v in exact_match(answers, self.references()).items() if k != "n"}
+        return replace(found, metrics=found.metrics | matches, answers=answers)
 
     # Closed answers.
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deltaw.checkpoint import load_adapter, load_model, load_tokenizer, save_adapter, save_model
 from deltaw.checkpoint.adapters import adapter_state, write_state
 from deltaw.checkpoint.model_files import ModelFacts, model_facts
@@ -184,13 +186,30 @@ def add_adapter(model: Any, config: TrainConfig) -> str:
         load_adapter(model, config.adapter, name="default", trainable=True, active=True)
         return "default"
     method_config = config.method_config
-    heads = task_heads(model)
+    heads = [*task_heads(model), *_drawn_poolers(model, config)]
     if heads and not isinstance(method_config, Full):
         wanted = list(method_config.modules_to_save or ())
         missing = [head for head in heads if head not in wanted]
         method_config = dataclasses.replace(method_config, modules_to_save=[*wanted, *missing])
     adapt(model, method_config, name="default", seed=config.seed)
     return adapter_names(model)[-1]
+
+
+def _drawn_poolers(model: Any, config: TrainConfig) -> list[str]:
+    """A pooler that the model's folder lacks (a masked language model's has none): new, so it goes with the head.
+
+    What another seed changes was drawn, not read.
+    """
+    path = f"{model.base_model_prefix}.pooler"
+    pooler = getattr(model.base_model, "pooler", None)
+    if not task_heads(model) or pooler is None:
+        return []
+    weights = [f"{path}.{key}" for key, parameter in pooler.named_parameters() if parameter.dim() > 1]
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    dtype, seed = model.dtype, config.seed + 1
+    other = load_model(config.model, task="sequence-classification", dtype=dtype, device="cpu", labels=names, seed=seed)
+    own, others = dict(model.named_parameters()), dict(other.named_parameters())
+    return [] if all(torch.equal(own[key].cpu(), others[key]) for key in weights) else [path]
 
 
 def training_examples(

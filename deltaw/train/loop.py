@@ -200,6 +200,8 @@ def training_arguments(config: TrainConfig, output: Path, rows: int, device: tor
         optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
         seed=config.seed,
         data_seed=config.seed,
+        # Early stopping counts on where it was.
+        restore_callback_states_from_checkpoint=True,
         use_cpu=device.type == "cpu",
         logging_strategy="steps",
         logging_steps=config.log_every,
