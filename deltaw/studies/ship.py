@@ -125,6 +125,9 @@ def evaluate_run(
         InputError: no finished run there, rows that cannot be read or have changed since, labels outside the run's.
     """
     run = open_run(folder, changes)
+    given = (changes or {}).get("labels")
+    if given is not None and list(given) != run.labels:
+        raise InputError(f"labels are {list(given)!r} and the run at {run.path} has {run.labels!r}: leave them out")
     config = dataclasses.replace(run.config, labels=run.labels, early_stopping=0)
     facts = model_facts(run.model if run.adapter is None else config.model)
     if data is None:

@@ -123,6 +123,12 @@ def test_rows_that_changed_are_refused(place, tmp_path):
         evaluate_run(run)
 
 
+def test_labels_are_the_runs(place):
+    with pytest.raises(InputError, match=r"labels are \['good', 'bad'\] and the run at .* has \['bad', 'good'\]"):
+        evaluate_run(place / "lora", changes={"labels": ["good", "bad"]})
+    assert evaluate_run(place / "lora", changes={"labels": ["bad", "good"]})["metrics"]["labels"] == ["bad", "good"]
+
+
 def test_runs_without_a_result_and_without_rows(place, tmp_path):
     run = shutil.copytree(place / "lora", tmp_path / "run")
     shutil.rmtree(run / "adapter")
