@@ -234,22 +234,24 @@ class DeltawTrainer(transformers.Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         model: Any = self.model
+        optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        if not is_sharded(model):
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = optimizer_state(model, self.optimizer)
+        state = optimizer_state(model, optimizer) if is_sharded(model) else optimizer.state_dict()
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(schedule.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        model: Any = self.model
-        schedule: Any = self.lr_scheduler
-        if checkpoint is None or not is_sharded(model):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
-        load_optimizer(model, self.optimizer, torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True))
+        model: Any = self.model
+        optimizer: Any = self.optimizer
+        schedule: Any = self.lr_scheduler
+        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+        if is_sharded(model):
+            load_optimizer(model, optimizer, state)
+        else:
+            optimizer.load_state_dict(state)
         schedule.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _forget_old(self) -> None:

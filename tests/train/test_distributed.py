@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from deltaw.core.errors import InputError
-from deltaw.studies.job import train
+from deltaw.studies.job import resume, train
+from deltaw.train.trainer import DeltawTrainer
 
 HERE = Path(__file__).parent
 # 32 rows, so 4 steps an epoch: one process accumulates 4 micro-batches, two processes 2 each.
@@ -40,7 +41,7 @@ def keys_for(place, output, **changes):
     return KEYS | {"model": str(place / "llama"), "output": str(output)} | data | changes
 
 
-def torchrun(root, jobs):
+def torchrun(root, jobs, *, gpus=False):
     """Runs the jobs on two processes; gives their logs."""
     (root / "jobs.json").write_text(json.dumps({"root": str(root), "jobs": jobs}))
     with socket.socket() as free:
@@ -50,7 +51,7 @@ def torchrun(root, jobs):
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
         "--master_port", str(port), str(HERE / "processes.py"), str(root / "jobs.json"),
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
     return [json.loads((root / f"log-{rank}.json").read_text()) for rank in (0, 1)]
@@ -136,6 +137,65 @@ def test_sharded_processes_are_one_too(place, tmp_path):
     for job in second:
         assert not job["said"]
         assert all(Path(file).name == "rng_state_1.pth" for file in job["written"]), job["written"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_are_one(place, tmp_path):
+    def on_gpus(name, **changes):
+        return keys_for(place, tmp_path / name, device="cuda", dropout=0.0, **changes)
+
+    given = on_gpus("", method="full", dtype="auto")
+    full_keys = {key: value for key, value in given.items() if key not in ("r", "dropout")}
+    full = full_keys | {"learning_rate": 1e-3}
+    half = on_gpus("half", sharding="fsdp2", early_stopping=9, eval_every=2)
+    jobs = [
+        {"keys": on_gpus("two")},
+        {"keys": on_gpus("sharded", sharding="fsdp2")},
+        {"keys": on_gpus("sharded-bfloat16", sharding="fsdp2", dtype="bfloat16")},
+        {"keys": half | {"output": str(tmp_path / "whole")}},
+        {"keys": half, "stop_at": 5},
+        {"resume": str(tmp_path / "half")},
+        {"keys": full | {"output": str(tmp_path / "two-full")}},
+        {"keys": full | {"output": str(tmp_path / "sharded-full"), "sharding": "fsdp2"}},
+    ]
+    first, second = torchrun(tmp_path, jobs, gpus=True)
+    assert [job.get("error") for job in first] == [None] * 4 + ["Stopped: "] + [None] * 3
+    shares = [1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 1.0, 0.5]
+    assert [job["share"] for job in second] == pytest.approx(shares, abs=0.05)
+    train(**on_gpus("one"))
+    train(**on_gpus("one-bfloat16", dtype="bfloat16"))
+    train(**full | {"output": str(tmp_path / "one-full")})
+    for name in ("two", "sharded"):
+        assert_same_run(tmp_path / name, tmp_path / "one", tolerance=1e-3)
+    assert_same_run(tmp_path / "sharded-bfloat16", tmp_path / "one-bfloat16", tolerance=2e-2)
+    for name in ("two-full", "sharded-full"):
+        assert_same_run(tmp_path / name, tmp_path / "one-full", tolerance=2e-2)
+    assert small_runs.outcome(tmp_path / "half") == small_runs.outcome(tmp_path / "whole")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_on_a_gpu_resumes_exactly(place, tmp_path, monkeypatch, method):
+    small_runs.make_model(tmp_path / "gpt2", "gpt2", dropout=0.1)
+    keys = {"model": str(tmp_path / "gpt2"), "device": "cuda", "dtype": "auto"}
+    keys |= {"dropout": 0.2} if method == "lora" else {"method": "full", "learning_rate": 1e-3}
+    base = {key: value for key, value in keys_for(place, "").items() if key not in ("r", "dropout")} | keys
+    train(**base | {"output": str(tmp_path / "whole")})
+    own = DeltawTrainer.training_step
+
+    def stopping(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return own(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DeltawTrainer, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(**base | {"output": str(tmp_path / "run")})
+    resume(tmp_path / "run")
+    assert small_runs.outcome(tmp_path / "run") == small_runs.outcome(tmp_path / "whole")
 
 
 def test_sharding_needs_processes(place, tmp_path):

@@ -145,6 +145,7 @@ def test_a_steps_gradient_is_that_of_one_batch(place, tmp_path, spy, name, micro
     names = labels if task.endswith("classification") else None
     model = load_model(keys["model"], task=task, labels=names, dtype="float32", device="cpu", seed=0)
     head = [h for h in ("score", "classifier", "classification_head") if hasattr(model, h)]
+    head += ["bert.pooler"] if name == "bert classes" else []
     adapt(model, LoRA(r=2, modules_to_save=head or None), seed=0)
     loss = model.train()(**collator(encoded)).loss
     loss.backward()
