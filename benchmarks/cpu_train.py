@@ -172,7 +172,7 @@ def measure(args: argparse.Namespace, dtype: str) -> list[dict]:
 def table(results: list[dict]) -> str:
     """A Markdown table."""
     lines = [
-        "| dtype | tokens with loss | system | tokens/s (slowest, fastest) | of the frozen model's | of PEFT's | peak MiB |",
+        "| dtype | tokens with loss | system | tokens/s (slowest, fastest) | of frozen | of PEFT | peak MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in results:

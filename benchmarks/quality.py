@@ -3,9 +3,9 @@
     python benchmarks/quality.py --train TRAIN.jsonl --test TEST.jsonl --transfer fpb=OTHER.jsonl --seeds 0 1 2
 
 Rows are JSON Lines with `prompt` and `completion` (a closed set of answers). Each cell (library, method, seed) runs in
-its own process: deltaw through `deltaw.train`, PEFT through `get_peft_model` and transformers' own Trainer and
-forward, with the same token ids and arguments. Both are measured by label likelihood. Prints a Markdown table and writes
-every cell as JSON.
+its own process: deltaw through `dw.run_training`'s job, PEFT through `get_peft_model` and transformers' own Trainer and
+forward, with the same token ids and arguments. Both are measured by label likelihood. Prints a Markdown table and
+writes every cell as JSON.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run_peft(args: argparse.Namespace, output: str):
     tokenizer = dw.load_tokenizer(args.model)
     model = dw.load_model(args.model, device=args.device)
     examples, collator, _ = training_examples(config, rows, tokenizer, model)
-    arguments = training_arguments(config, Path(output), len(examples), model, False)
+    arguments = training_arguments(config, Path(output), len(examples), model.device, False)
     transformers.set_seed(args.seed)
     lora = LoraConfig(
         r=LEARNING["r"],
@@ -105,7 +105,9 @@ def cell(args: argparse.Namespace) -> None:
             labels = sorted({row.completion.strip() for row in rows})
             transfer[name] = TaskEvaluator("instruct", rows, tokenizer, labels=labels, max_length=256)(model).metrics
     result = {"library": args.library, "method": args.method, "seed": args.seed, "cost": cost, "transfer": transfer}
-    print("RESULT " + json.dumps({**result, "metrics": {k: metrics[k] for k in metrics if k != "confusion"}}), flush=True)
+    print(
+        "RESULT " + json.dumps({**result, "metrics": {k: metrics[k] for k in metrics if k != "confusion"}}), flush=True
+    )
 
 
 def note(line: str) -> None:

@@ -33,10 +33,35 @@ _PUBLIC = {
     "InputError": "deltaw.core.errors",
     "RunError": "deltaw.core.errors",
     "TrainConfig": "deltaw.train",
-    "train": "deltaw.studies.job",
+    "run_training": "deltaw.studies.job",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+__all__ = [
+    "DeltawError",
+    "Full",
+    "InputError",
+    "LoRA",
+    "RunError",
+    "TrainConfig",
+    "__version__",
+    "adapt",
+    "adapter_names",
+    "adapter_parameters",
+    "delete_adapter",
+    "load_adapter",
+    "load_adapters",
+    "load_model",
+    "load_tokenizer",
+    "merge",
+    "run_training",
+    "save_adapter",
+    "save_adapters",
+    "save_model",
+    "set_adapter",
+    "summary",
+    "unload",
+    "unmerge",
+]
 
 if TYPE_CHECKING:
     from deltaw.checkpoint import (
@@ -62,6 +87,8 @@ if TYPE_CHECKING:
         summary,
         unload,
     )
+    from deltaw.studies.job import run_training
+    from deltaw.train import TrainConfig
 
 
 def __getattr__(name: str) -> Any:

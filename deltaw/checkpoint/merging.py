@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deltaw.core.errors import InputError
 from deltaw.methods.companions import TokenRows
-from deltaw.methods.host import AdaptedSite, _forward, _uninstall, book_of, sites_of
+from deltaw.methods.host import AdaptedSite, _forward, _uninstall, book_of, forget, sites_of
 from deltaw.methods.registry import method_of
 from deltaw.models.sites import DenseWeight, base_modules
 
@@ -23,9 +23,9 @@ _ELEMENTS = 1 << 24
 
 @dataclass
 class Merged:
-    """What undoes a merge: the original parameters (None when they were not kept), the sites, the config's tie."""
+    """What undoes a merge: the original parameters, the sites, the config's tie."""
 
-    originals: list[tuple[nn.Module, str, nn.Parameter]] | None
+    originals: list[tuple[nn.Module, str, nn.Parameter]]
     sites: list[tuple[nn.Module, AdaptedSite]]
     tie: dict[str, bool] = field(default_factory=dict)
 
@@ -38,7 +38,8 @@ def merge(model: nn.Module, *, keep_original: bool = True) -> nn.Module:
 
     Args:
         model: a model with active adapters.
-        keep_original: keeps the original parameters in memory, so that `unmerge` restores them exactly.
+        keep_original: keeps the original parameters in memory, so that `unmerge` restores them exactly; without, the
+            model is a plain one afterwards, to be saved or adapted anew.
 
     Returns:
         The same model: plain modules again, with the adapters' effect inside.
@@ -70,7 +71,10 @@ def merge(model: nn.Module, *, keep_original: bool = True) -> nn.Module:
     taken = [(module, site) for _, module, site in sites_of(model)]
     for module, site in taken:
         _uninstall(module, site)
-    book.merged = Merged([(o, n, p) for o, n, p in originals if p is not None] if keep_original else None, taken, tie)
+    if keep_original:
+        book.merged = Merged([(o, n, p) for o, n, p in originals if p is not None], taken, tie)
+    else:
+        forget(model)
     return model
 
 
@@ -78,14 +82,12 @@ def unmerge(model: nn.Module) -> nn.Module:
     """Puts the original parameters and the adapters back; the weights are exactly what they were.
 
     Raises:
-        InputError: nothing is merged, or the originals were not kept.
+        InputError: nothing is merged, or the originals were not kept (`keep_original=False`).
     """
     book = book_of(model)
     merged: Merged | None = book.merged
     if merged is None:
-        raise InputError("nothing is merged: dw.unmerge undoes dw.merge")
-    if merged.originals is None:
-        raise InputError("the original weights were not kept (keep_original=False): load the model again")
+        raise InputError("nothing to undo: the model was not merged, or with keep_original=False; load it again")
     for owner, name, original in merged.originals:
         owner._parameters[name] = original
     from types import MethodType

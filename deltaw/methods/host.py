@@ -298,9 +298,15 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     book.active.pop(name, None)
     book.trainable.discard(name)
     if not book.configs:
-        for key, parameter in model.named_parameters():
-            parameter.requires_grad_(key in (book.was_trainable or ()))
-        del model.__dict__["_deltaw"]
+        forget(model)
+
+
+def forget(model: nn.Module) -> None:
+    """Closes the book of a model that carries no adapter any more: its parameters want gradients as they did before."""
+    book = book_of(model)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key in (book.was_trainable or ()))
+    del model.__dict__["_deltaw"]
 
 
 def unload(model: nn.Module) -> nn.Module:

@@ -33,9 +33,9 @@ from deltaw.methods.host import book_of
 from deltaw.models.sites import task_heads
 from deltaw.report import write_report
 from deltaw.studies.rows import RunRows, rows_record, run_rows
-from deltaw.train import RunFolder, TrainConfig, fit
+from deltaw.train import RunFolder, TrainConfig
 from deltaw.train.config import make_config, read_yaml
-from deltaw.train.loop import check_setting, is_first_process, local_device
+from deltaw.train.loop import check_setting, fit, is_first_process, local_device
 from deltaw.train.run_folder import device_record, peak_memory_bytes
 from deltaw.train.sharding import is_sharded, whole_state
 
@@ -50,7 +50,7 @@ def _silent(line: str) -> None:
 DEFAULT_LENGTH = 512
 
 
-def train(config: TrainConfig | None = None, *, say: Say = _silent, **keys: Any) -> Path:
+def run_training(config: TrainConfig | None = None, *, say: Say = _silent, **keys: Any) -> Path:
     """Trains, evaluates and reports: what `deltaw train` does.
 
     Args:
@@ -61,7 +61,7 @@ def train(config: TrainConfig | None = None, *, say: Say = _silent, **keys: Any)
     Returns:
         The run folder.
     """
-    return run_job(config or make_config(keys), command="deltaw.train(...)", say=say).path
+    return run_job(config or make_config(keys), command="dw.run_training(...)", say=say).path
 
 
 def resume(folder: str | Path, *, command: str = "", say: Say = _silent) -> RunFolder:

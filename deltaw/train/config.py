@@ -48,17 +48,22 @@ class TrainConfig:
         method: `lora`, `full`, ...; its own options stand beside these.
         method_config: the method's configuration.
         adapter: an adapter folder to go on from.
-        epochs: passes over the data; max_steps: optimizer steps, which wins when given.
-        batch_size: rows an optimizer step, over all processes; micro_batch_size: rows a forward pass.
+        epochs: passes over the data.
+        max_steps: optimizer steps, in place of epochs.
+        batch_size: rows an optimizer step, over all processes.
+        micro_batch_size: rows a forward pass; gradients are accumulated to `batch_size`.
         learning_rate: None means the method's usual one.
         warmup_ratio: share of the steps with a linearly rising rate, before the schedule.
         schedule: `cosine`, `linear` or `constant`.
-        weight_decay, max_grad_norm: AdamW's, and the norm that gradients are clipped to (0: not at all).
-        seed: of everything that is random.
+        weight_decay: AdamW's.
+        max_grad_norm: the norm that gradients are clipped to; 0: not at all.
+        seed: of everything that is random; a whole number from 0 to 4294967295.
         dtype: of the base: `auto` (bfloat16 where the device has it), `float32`, `bfloat16`.
         device: `auto`, `cpu`, `cuda`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        log_every, eval_every, save_every: steps; 0 for eval and save means once an epoch.
+        log_every: optimizer steps between lines of `metrics.jsonl`.
+        eval_every: optimizer steps between evaluations; 0: once an epoch.
+        save_every: optimizer steps between checkpoints; 0: once an epoch.
         keep_checkpoints: how many to keep besides the best.
         early_stopping: evaluations without improvement after which to stop; 0: never.
         metric: what "best" means: a metric of the task such as `macro_f1`; None means `loss` (`f1` for entities).
@@ -131,6 +136,10 @@ class TrainConfig:
                 problems.append(f"{name} is {getattr(self, name)!r}: expected 0 or more")
         if self.max_length is not None and self.max_length < 2:
             problems.append(f"max_length is {self.max_length!r}: expected at least 2 tokens")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed is {self.seed!r}: expected a whole number from 0 to {2**32 - 1}")
+        if isinstance(self.labels, str):
+            problems.append(f"labels is {self.labels!r}: expected a list of names")
         if not self.epochs > 0:
             problems.append(f"epochs is {self.epochs!r}: expected a number above 0")
         if self.max_steps is not None and self.max_steps < 1:

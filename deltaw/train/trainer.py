@@ -23,6 +23,7 @@ from deltaw.core.files import sync_folder
 from deltaw.data.encode import IGNORED
 from deltaw.methods import adapter_parameters
 from deltaw.methods.host import active_method
+from deltaw.train.order import StepOrder
 from deltaw.train.run_folder import RunFolder
 from deltaw.train.sharding import (
     is_sharded,
@@ -76,6 +77,9 @@ class DeltawTrainer(transformers.Trainer):
         self.add_callback(_Watch(self))
         self.model_accepts_loss_kwargs = True
         self.task: str = kwargs["data_collator"].task
+        step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        lengths = [len(example["input_ids"]) for example in kwargs["train_dataset"]]
+        self.order = StepOrder(lengths, step_rows=step_rows, seed=self.args.data_seed or 0)
         self.shifted, self.own_loss = _loss_of(kwargs["model"], self.task)
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_before = 0
@@ -83,6 +87,9 @@ class DeltawTrainer(transformers.Trainer):
         self.grad_norm: Any = None
         self.seconds_before = 0.0
         self.began = time.perf_counter()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
+        return self.order
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not is_sharded(model):
@@ -364,8 +371,9 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         collator = self.trainer.data_collator
+        epoch = self.trainer.order.epoch = int(state.epoch or 0)
         if hasattr(collator, "set_epoch"):
-            collator.set_epoch(int(state.epoch or 0))
+            collator.set_epoch(epoch)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_finite()

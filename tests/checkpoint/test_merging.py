@@ -203,14 +203,16 @@ def test_combinations_are_merged_as_they_are_active(weights, tmp_path):
     assert dw.adapter_names(model) == ["one", "two"] and torch.equal(tiny.logits(model, "llama"), expected)
 
 
-def test_without_the_originals_there_is_no_way_back():
+def test_without_the_originals_the_model_is_plain_again():
     model = adapted("llama")
     weight = model.model.layers[0].self_attn.q_proj.weight
     expected = tiny.logits(dw.merge(model, keep_original=False), "llama")
-    with pytest.raises(InputError, match=r"were not kept \(keep_original=False\): load the model again"):
+    with pytest.raises(InputError, match=r"with keep_original=False; load it again"):
         dw.unmerge(model)
     assert model.model.layers[0].self_attn.q_proj.weight is not weight
     assert torch.equal(tiny.logits(model, "llama"), expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(tiny.logits(dw.adapt(model, dw.LoRA(r=2)), "llama"), expected)
 
 
 def test_what_a_merged_model_refuses():
@@ -227,7 +229,7 @@ def test_what_a_merged_model_refuses():
     dw.unload(dw.unmerge(model))
     for refused, says in [
         (lambda: dw.merge(model), "no adapter is active"),
-        (lambda: dw.unmerge(model), "nothing is merged"),
+        (lambda: dw.unmerge(model), "nothing to undo"),
     ]:
         with pytest.raises(InputError, match=says):
             refused()

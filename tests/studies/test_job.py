@@ -15,7 +15,8 @@ from deltaw.checkpoint.model_files import model_facts
 from deltaw.core.errors import InputError
 from deltaw.evaluate.task import TaskEvaluator
 from deltaw.report import write_report
-from deltaw.studies.job import resume, run_job, train
+from deltaw.studies.job import resume, run_job
+from deltaw.studies.job import run_training as train
 from deltaw.studies.rows import run_rows
 from deltaw.train.config import make_config
 

@@ -12,7 +12,7 @@ from command_line import tiny_model, write_rows
 from safetensors.torch import load_file, save_file
 
 from deltaw.core.errors import InputError
-from deltaw.studies.job import train
+from deltaw.studies.job import run_training as train
 from deltaw.studies.ship import (
     evaluate_model,
     evaluate_run,

@@ -10,7 +10,7 @@ from typing import Any
 
 def train_here(keys: dict[str, Any]) -> None:
     """A whole run."""
-    from deltaw.studies.job import train
+    from deltaw.studies.job import run_training as train
 
     train(**keys)
 

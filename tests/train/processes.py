@@ -19,7 +19,8 @@ class Stopped(BaseException):
 
 def main(file: str) -> None:
     from deltaw.core.errors import DeltawError
-    from deltaw.studies.job import resume, train
+    from deltaw.studies.job import resume
+    from deltaw.studies.job import run_training as train
     from deltaw.train.sharding import local_part
     from deltaw.train.trainer import DeltawTrainer
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from deltaw.core.errors import InputError
-from deltaw.studies.job import resume, train
+from deltaw.studies.job import resume
+from deltaw.studies.job import run_training as train
 from deltaw.train.trainer import DeltawTrainer
 
 HERE = Path(__file__).parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import shutil
 import sys
 
 import pytest
@@ -19,7 +20,8 @@ from deltaw.core.errors import InputError, MissingExtraError, RunError
 from deltaw.data import Collator, encode, read_rows
 from deltaw.evaluate.task import AnswerCollator, masking_collator, split_answers
 from deltaw.methods import LoRA, adapt, adapter_parameters
-from deltaw.studies.job import resume, train
+from deltaw.studies.job import resume
+from deltaw.studies.job import run_training as train
 from deltaw.train import TrainConfig
 from deltaw.train.trainer import DeltawTrainer
 
@@ -158,6 +160,26 @@ def test_a_steps_gradient_is_that_of_one_batch(place, tmp_path, spy, name, micro
         torch.testing.assert_close(found[key], grad, rtol=0.0, atol=2e-5 * norm, msg=key)
 
 
+def test_a_loss_that_is_told_nothing_is_made_from_the_logits(place, tmp_path, spy, monkeypatch):
+    """A model whose own loss is a mean over its micro-batch, whatever the whole step holds."""
+    own = deltaw.studies.job.load_job_model
+
+    def load(*args, **kwargs):
+        model = own(*args, **kwargs)
+        usual = model.loss_function
+        model.loss_function = lambda num_items_in_batch=None, **kwargs: usual(**kwargs)
+        return model
+
+    train(**keys_for(place, tmp_path / "usual", rows="text", task="causal-lm"))
+    monkeypatch.setattr(deltaw.studies.job, "load_job_model", load)
+    lines = []
+    train(**keys_for(place, tmp_path / "mean", rows="text", task="causal-lm"), say=lines.append)
+    assert any("loss computed from the logits of every position" in line for line in lines)
+    pairs = zip(small_runs.logged(tmp_path / "mean"), small_runs.logged(tmp_path / "usual"), strict=True)
+    for line, other in pairs:
+        assert line == pytest.approx(other, rel=1e-3)
+
+
 def test_packed_rows_give_the_gradient_of_single_ones(place, tmp_path, spy):
     norms = {}
     for pack in (False, True):
@@ -165,6 +187,33 @@ def test_packed_rows_give_the_gradient_of_single_ones(place, tmp_path, spy):
         train(**keys_for(place, output, rows="text", task="causal-lm", pack=pack, batch_size=24, micro_batch_size=24))
         norms[pack] = {k: small_runs.logged(output)[0][k] for k in ("loss", "grad_norm")}
     assert norms[True] == pytest.approx(norms[False], rel=1e-4)
+
+
+def test_masks_are_drawn_anew_each_epoch(place, tmp_path, spy):
+    seen = collections.defaultdict(set)
+
+    def note(trainer, inputs):
+        rows = torch.where(inputs["labels"] == -100, inputs["input_ids"], inputs["labels"])
+        for row, labels in zip(rows.tolist(), inputs["labels"].tolist(), strict=True):
+            words = tuple(token for token in row if token)
+            seen[words].add((trainer.state.global_step // 6, tuple(labels[: len(words)])))
+
+    spy.micro = note
+    train(**keys_for(place, tmp_path / "run", family="bert", rows="text", task="masked-lm", epochs=3))
+    # Of three epochs two may agree by chance, in a text of a few words.
+    several = [len({labels for _, labels in found}) for found in seen.values()]
+    assert sum(count > 1 for count in several) > 0.8 * len(several)
+
+
+def test_evaluations_and_checkpoints_once_an_epoch(place, tmp_path):
+    keys = keys_for(place, tmp_path / "run", epochs=3, log_every=100, keep_checkpoints=9)
+    del keys["held_out"]
+    run = train(**keys | {"eval_data": str(place / "eval.jsonl")})
+    lines = small_runs.logged(run)
+    wanted = [(step, kind) for step in (6, 12, 18) for kind in (True, False)]
+    assert [(line["step"], "loss" in line) for line in lines] == wanted
+    assert all("eval_loss" in line for line in lines if "loss" not in line)
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"checkpoint-6", "checkpoint-12", "checkpoint-18"}
 
 
 # The loss head.
@@ -346,6 +395,23 @@ def test_early_stopping_resumes(place, tmp_path, scripted, spy, stop_at):
     resume(tmp_path / "run")
     assert small_runs.outcome(tmp_path / "run") == small_runs.outcome(tmp_path / "whole")
     assert small_runs.record(tmp_path / "run")["cost"]["best_step"] == 4
+
+
+def test_a_moved_run_finds_its_best(place, tmp_path, scripted, spy):
+    train(**stopping_keys(place, tmp_path / "whole"))
+
+    def stop(trainer, inputs):
+        if trainer.state.global_step == 7:
+            raise KeyboardInterrupt
+
+    spy.micro = stop
+    with pytest.raises(KeyboardInterrupt):
+        train(**stopping_keys(place, tmp_path / "run"))
+    spy.micro = lambda trainer, inputs: None
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    resume(tmp_path / "elsewhere")
+    assert small_runs.outcome(tmp_path / "elsewhere") == small_runs.outcome(tmp_path / "whole")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("changes", [{}, {"early_stopping": 0, "max_steps": 4}], ids=["early stop", "max_steps"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-import shutil
 import signal
 
 import dying
@@ -13,7 +12,8 @@ import pytest
 import small_runs
 
 from deltaw.core.errors import InputError
-from deltaw.studies.job import resume, train
+from deltaw.studies.job import resume
+from deltaw.studies.job import run_training as train
 from deltaw.train.trainer import DeltawTrainer
 
 # 11 micro-batches an epoch, so 6 steps of which the last has one micro-batch; 12 steps in all.
@@ -192,25 +192,6 @@ def test_a_finished_run_is_left_alone(place, tmp_path):
     resume(run, say=lines.append)
     assert any("done already" in line for line in lines)
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
-
-
-def test_a_moved_run_goes_on(place, tmp_path, monkeypatch):
-    keys = keys_for(place, tmp_path / "whole", early_stopping=5, eval_every=2, save_every=0)
-    train(**keys)
-    own = DeltawTrainer.training_step
-
-    def stopping(self, *args, **kwargs):
-        if self.state.global_step == 9:
-            raise Stopped
-        return own(self, *args, **kwargs)
-
-    monkeypatch.setattr(DeltawTrainer, "training_step", stopping)
-    with pytest.raises(Stopped):
-        train(**keys | {"output": str(tmp_path / "run")})
-    monkeypatch.undo()
-    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
-    resume(tmp_path / "elsewhere")
-    assert small_runs.outcome(tmp_path / "elsewhere") == small_runs.outcome(tmp_path / "whole")
 
 
 def test_a_fresh_run_does_not_overwrite_one(place, tmp_path):
