@@ -77,7 +77,8 @@ def fit(
     """Trains the active adapter of `model`, in place.
 
     AdamW, the rate rising linearly over `warmup_ratio` of the steps, then by the schedule; gradients accumulated to
-    `batch_size` rows over all processes; the loss a mean over the tokens of the whole step.
+    `batch_size` rows over all processes; the loss a mean over the tokens of the whole step. Where the rows of an epoch
+    do not divide over the processes, some are taken twice to fill up its last micro-batches.
 
     Args:
         model: an adapted transformers model on its device.

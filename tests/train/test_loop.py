@@ -120,7 +120,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("micro", [1, 4, 8])
+@pytest.mark.parametrize("micro", [1, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_a_steps_gradient_is_that_of_one_batch(place, tmp_path, spy, name, micro):
     """Rows differ in how many tokens carry loss: a mean of means would be something else."""
@@ -379,7 +379,7 @@ def test_early_stopping_goes_back_to_the_best(place, tmp_path, scripted, metric)
     assert [line["step"] for line in small_runs.logged(run) if "eval_loss" in line] == [2, 4, 6, 8]
 
 
-@pytest.mark.parametrize("stop_at", [3, 5, 7])
+@pytest.mark.parametrize("stop_at", [3, 7])
 def test_early_stopping_resumes(place, tmp_path, scripted, spy, stop_at):
     train(**stopping_keys(place, tmp_path / "whole"))
 

@@ -130,13 +130,11 @@ class Stopped(BaseException):
 
 
 CASES = {
-    "in an epoch": (dict(), 7),
     "at an epoch's end": (dict(save_every=3), 11),
     "once an epoch": (dict(save_every=0, eval_every=0), 15),
-    "early in the first epoch of three": (dict(epochs=3, save_every=1), 2),
+    "after one step": (dict(save_every=1), 2),
     "full": (dict(method="full", r=None, dropout=None, learning_rate=1e-3), 9),
     "the model's own dropout": (dict(family="gpt2"), 13),
-    "bert": (dict(family="bert", task="sequence-classification"), 13),
     "masked-lm": (dict(family="bert", task="masked-lm", rows="text"), 14),
     "packing": (dict(rows="text", task="causal-lm", pack=True, max_length=64, batch_size=2, micro_batch_size=1), 5),
     "gradient checkpointing": (dict(gradient_checkpointing=True), 9),
