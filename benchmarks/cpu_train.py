@@ -110,7 +110,7 @@ class Worker:
     """One system in its own process."""
 
     def __init__(self, name: str, dtype: str) -> None:
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "TRANSFORMERS_VERBOSITY": "error"}
+        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
         command = [sys.executable, *sys.argv, "--worker", name, "--dtype", dtype]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
