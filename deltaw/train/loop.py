@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,44 +97,59 @@ def fit(
     """
     last = run.last_checkpoint() if resume else None
     step = 0 if last is None else int(last.name.removeprefix("checkpoint-"))
+    device = next(model.parameters()).device
+    whole = method_of(config.method_config).trains_base
+    try:
+        with _prepared(model, config, collator.task, say):
+            arguments = training_arguments(config, run.path, len(examples), device, evaluate is not None)
+            if config.sharding == "fsdp2":
+                shard(model, device)
+            trainer = DeltawTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=list(examples),
+                # Asked for by Trainer's checks and never read: `evaluate_fn` has its own rows.
+                eval_dataset=None if evaluate is None else list(examples[:1]),
+                data_collator=collator,
+                adapter=adapter,
+                run=run,
+                evaluate_fn=evaluate,
+                say=say,
+                keep_checkpoints=config.keep_checkpoints,
+                autocast=whole and config.dtype == "auto" and _autocasts(device),
+                callbacks=_callbacks(config, run, evaluate is not None, step),
+            )
+            if resume:
+                run.cut_log(step)
+            if last is not None and trainer.take_ended(last):
+                say(f"training had ended at step {step}")
+            else:
+                if last is not None:
+                    say(f"resuming from step {step}")
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except OSError as error:
+        raise explain_os_error(error, error.filename or run.path) from error
+    return Fitted(
+        steps=trainer.state.global_step,
+        tokens=trainer.tokens(),
+        seconds=trainer.seconds(),
+        peak_memory_bytes=peak_memory_bytes(device),
+        best_step=trainer.state.best_global_step if config.early_stopping else None,
+        stopped_early=trainer.state.global_step < trainer.state.max_steps,
+    )
+
+
+@contextlib.contextmanager
+def _prepared(model: Any, config: TrainConfig, task: str, say: Callable[[str], None]) -> Iterator[None]:
+    """The model as training wants it, and afterwards as it was: its loss head, recomputation, its cache."""
     objection = install_loss_head(model)
-    if objection is not None and collator.task in ("causal-lm", "instruct"):
+    if objection is not None and task in ("causal-lm", "instruct"):
         say(f"loss computed from the logits of every position ({objection})")
     if config.gradient_checkpointing:
         _checkpointing(model, on=True)
     caches = getattr(model.config, "use_cache", None)
-    device = next(model.parameters()).device
-    whole = method_of(config.method_config).trains_base
     try:
-        arguments = training_arguments(config, run.path, len(examples), device, evaluate is not None)
-        if config.sharding == "fsdp2":
-            shard(model, device)
-        trainer = DeltawTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=list(examples),
-            # Asked for by Trainer's checks and never read: `evaluate_fn` has its own rows.
-            eval_dataset=None if evaluate is None else list(examples[:1]),
-            data_collator=collator,
-            adapter=adapter,
-            run=run,
-            evaluate_fn=evaluate,
-            say=say,
-            keep_checkpoints=config.keep_checkpoints,
-            autocast=whole and config.dtype == "auto" and _autocasts(device),
-            callbacks=_callbacks(config, run, evaluate is not None, step),
-        )
-        if resume:
-            run.cut_log(step)
-        if last is not None and trainer.take_ended(last):
-            say(f"training had ended at step {step}")
-        else:
-            if last is not None:
-                say(f"resuming from step {step}")
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-        tokens = trainer.tokens()
-    except OSError as error:
-        raise explain_os_error(error, error.filename or run.path) from error
+        yield
     finally:
         uninstall_loss_head(model)
         if config.gradient_checkpointing:
@@ -143,15 +159,6 @@ def fit(
             model.config.use_cache = caches
         else:
             model.config.__dict__.pop("use_cache", None)
-    stopped = trainer.state.global_step < trainer.state.max_steps
-    return Fitted(
-        steps=trainer.state.global_step,
-        tokens=tokens,
-        seconds=trainer.seconds(),
-        peak_memory_bytes=peak_memory_bytes(trainer.args.device),
-        best_step=trainer.state.best_global_step if config.early_stopping else None,
-        stopped_early=stopped,
-    )
 
 
 def _checkpointing(model: Any, *, on: bool) -> None:
