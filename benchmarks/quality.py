@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --train TRAIN.jsonl --test TEST.jsonl --transfer fpb=OTHER.jsonl --seeds 0 1 2
 
-Rows are JSON Lines with `prompt` and `completion` (a closed set of answers). Each cell (library, method, seed) runs in
+Rows are JSON Lines with `prompt` and `completion` (a closed set of answers). Each cell (package, method, seed) runs in
 its own process: deltaw through `dw.run_training`'s job, PEFT through `get_peft_model` and transformers' own Trainer and
 forward, with the same token ids and arguments. Both are measured by label likelihood. Prints a Markdown table and
 writes every cell as JSON.
@@ -89,13 +89,13 @@ def run_peft(args: argparse.Namespace, output: str):
 
 
 def cell(args: argparse.Namespace) -> None:
-    """One library, method and seed."""
+    """One package, method and seed."""
     import deltaw as dw
     from deltaw.data import read_rows
     from deltaw.evaluate.task import TaskEvaluator
 
     with tempfile.TemporaryDirectory() as folder:
-        run = {"deltaw": run_deltaw, "peft": run_peft}[args.library]
+        run = {"deltaw": run_deltaw, "peft": run_peft}[args.package]
         metrics, cost, model = run(args, f"{folder}/run")
         transfer = {}
         tokenizer = dw.load_tokenizer(args.model)
@@ -104,7 +104,7 @@ def cell(args: argparse.Namespace) -> None:
             rows = read_rows(path)
             labels = sorted({row.completion.strip() for row in rows})
             transfer[name] = TaskEvaluator("instruct", rows, tokenizer, labels=labels, max_length=256)(model).metrics
-    result = {"library": args.library, "method": args.method, "seed": args.seed, "cost": cost, "transfer": transfer}
+    result = {"package": args.package, "method": args.method, "seed": args.seed, "cost": cost, "transfer": transfer}
     print(
         "RESULT " + json.dumps({**result, "metrics": {k: metrics[k] for k in metrics if k != "confusion"}}), flush=True
     )
@@ -124,8 +124,8 @@ def table(cells: list[dict]) -> str:
     transfers = sorted({name for c in cells for name in c["transfer"]})
     head = ["", *(f"test {m}" for m in SHOWN), *(f"{t} {m}" for t in transfers for m in SHOWN[:2]), "seeds", "train s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for key in dict.fromkeys((c["library"], c["method"]) for c in cells):
-        group = [c for c in cells if (c["library"], c["method"]) == key]
+    for key in dict.fromkeys((c["package"], c["method"]) for c in cells):
+        group = [c for c in cells if (c["package"], c["method"]) == key]
         row = [f"{key[0]} {key[1]}"]
         row += [spread([c["metrics"]["after"][m] for c in group]) for m in SHOWN]
         row += [spread([c["transfer"][t][m] for c in group]) for t in transfers for m in SHOWN[:2]]
@@ -147,28 +147,28 @@ def main() -> None:
     parser.add_argument("--test", required=True)
     parser.add_argument("--transfer", nargs="*", default=[], metavar="NAME=FILE")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--libraries", nargs="*", default=["deltaw", "peft"])
+    parser.add_argument("--packages", nargs="*", default=["deltaw", "peft"])
     parser.add_argument("--methods", nargs="*", default=["lora"], help="lora, rslora")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="quality.json")
-    parser.add_argument("--library", help=argparse.SUPPRESS)
+    parser.add_argument("--package", help=argparse.SUPPRESS)
     parser.add_argument("--method", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.library:
+    if args.package:
         cell(args)
         return
     cells = []
     for method in args.methods:
         for seed in args.seeds:
-            for library in args.libraries:
-                one = ["--library", library, "--method", method, "--seed", str(seed)]
+            for package in args.packages:
+                one = ["--package", package, "--method", method, "--seed", str(seed)]
                 done = subprocess.run([sys.executable, *sys.argv, *one], stdout=subprocess.PIPE, text=True)
                 found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
                 if done.returncode or not found:
-                    sys.exit(f"the cell {library} {method} {seed} failed with exit code {done.returncode}")
+                    sys.exit(f"the cell {package} {method} {seed} failed with exit code {done.returncode}")
                 cells.append(json.loads(found[0]))
-                note(f"{library} {method} {seed}: {cells[-1]['metrics']['after']}")
+                note(f"{package} {method} {seed}: {cells[-1]['metrics']['after']}")
                 Path(args.out).write_text(json.dumps(cells, indent=1))
     print(table(cells))
 
