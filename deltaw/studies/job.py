@@ -18,7 +18,7 @@ from deltaw.checkpoint.model_files import ModelFacts, model_facts
 from deltaw.core.configs import to_plain
 from deltaw.core.errors import DeltawError, InputError
 from deltaw.core.files import atomic_folder
-from deltaw.data import Collator, encode, pack
+from deltaw.data import Collator, RowSet, encode, pack
 from deltaw.data.packing import check_packing
 from deltaw.evaluate.task import (
     AnswerCollator,
@@ -283,19 +283,26 @@ def _evaluators(
         if name == "test" and held is rows.evaluation:
             found[name] = found["eval"]
             continue
-        found[name] = TaskEvaluator(
-            rows.task,
-            held,
-            tokenizer,
-            labels=rows.labels,
-            template=config.rows_template,
-            max_length=length_of(config),
-            batch_size=config.eval_batch_size,
-            max_new_tokens=config.max_new_tokens,
-            seed=config.seed,
-            encoder_decoder=encoder_decoder,
-        )
+        found[name] = evaluator_for(config, rows, held, tokenizer, encoder_decoder=encoder_decoder)
     return found
+
+
+def evaluator_for(
+    config: TrainConfig, rows: RunRows, held: RowSet, tokenizer: Any, *, encoder_decoder: bool
+) -> TaskEvaluator:
+    """What measures a model on `held`, with the task, labels and prompts of a resolved configuration's run."""
+    return TaskEvaluator(
+        rows.task,
+        held,
+        tokenizer,
+        labels=rows.labels,
+        template=config.rows_template,
+        max_length=length_of(config),
+        batch_size=config.eval_batch_size,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        encoder_decoder=encoder_decoder,
+    )
 
 
 def _describe(

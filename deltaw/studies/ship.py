@@ -20,10 +20,10 @@ from deltaw.checkpoint.model_files import model_facts, pick_dtype
 from deltaw.core.errors import DeltawError, InputError
 from deltaw.core.files import sha256_file
 from deltaw.data import RowSet
-from deltaw.evaluate.task import Evaluation, TaskEvaluator
+from deltaw.evaluate.task import Evaluation
 from deltaw.methods import Full, set_adapter, summary
 from deltaw.models.sources import resolve
-from deltaw.studies.job import length_of, load_job_model, resolved
+from deltaw.studies.job import evaluator_for, load_job_model, resolved
 from deltaw.studies.rows import RunRows, rows_record, run_rows
 from deltaw.train import RunFolder, TrainConfig
 from deltaw.train.config import make_config, read_yaml
@@ -198,18 +198,8 @@ def _measure(
     if adapter is not None:
         load_adapter(model, adapter, name="default", active=True)
     tokenizer = load_tokenizer(config.model)
-    evaluator = TaskEvaluator(
-        rows.task,
-        rows.train,
-        tokenizer,
-        labels=rows.labels,
-        template=config.rows_template,
-        max_length=length_of(config),
-        batch_size=config.eval_batch_size,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        encoder_decoder=model.config.is_encoder_decoder,
-    )
+    encoder_decoder = model.config.is_encoder_decoder
+    evaluator = evaluator_for(config, rows, rows.train, tokenizer, encoder_decoder=encoder_decoder)
     counts = rows_record(evaluator.source, evaluator.counts)
     subject = f"{config.model} with {adapter}" if adapter else config.model
     say(f"measuring {subject} on {counts['rows']:,} rows of {counts['source']}")

@@ -194,18 +194,6 @@ def _check_types(config: TrainConfig) -> None:
             raise InputError(f"{item.name} is {value!r}: expected text")
 
 
-def known_keys(method: str) -> list[str]:
-    """Every key that a run with `method` takes, accepted spellings included."""
-    config_type = METHODS[method].config
-    own = [item.name for item in dataclasses.fields(TrainConfig) if item.name != "method_config"]
-    return [
-        *own,
-        *aliases_of(TrainConfig),
-        *(f.name for f in dataclasses.fields(config_type)),
-        *aliases_of(config_type),
-    ]
-
-
 def make_config(keys: Mapping[str, Any]) -> TrainConfig:
     """A configuration from flat keys; numbers written as text (YAML's `2e-4`) are read as numbers.
 
