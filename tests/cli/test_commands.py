@@ -18,6 +18,12 @@ def record(folder):
     return json.loads((folder / "run.json").read_text())
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Tables are laid out for the terminal's width, which a test's process may inherit."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 def test_train_needs_no_more_than_a_model_and_rows(here, deltaw):
     words = ["train", "--model", "model", "--data", "rows.jsonl", "--method", "lora", "--r", "16"]
     done = deltaw(*words, "--epochs", "1")
