@@ -1,0 +1,213 @@
+"""A 4-bit weight that stands where a parameter stood: the module around it keeps its class and its forward.
+
+An `NF4Tensor` looks like the matrix it stands for (shape, dtype, device, count of elements) and holds an `NF4Weight`.
+Products with it go through one autograd function each, which keep no dequantised weight between forward and backward.
+Any other operation that only reads it gets the dequantised matrix; one that would write to it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
+
+from deltaw.quant.weight import NF4Weight
+
+_aten = torch.ops.aten
+
+
+class NF4Tensor(torch.Tensor):
+    """A matrix in 4-bit NormalFloat, frozen.
+
+    Attributes:
+        packed: the weight. For a linear its W (out, in) is the tensor itself; an embedding's is (vocab, dim).
+        transposed: the tensor is the packed matrix' transpose, as GPT-2's Conv1D stores its weight (in, out).
+    """
+
+    packed: NF4Weight
+    transposed: bool
+
+    @staticmethod
+    def __new__(cls, packed: NF4Weight, transposed: bool = False) -> NF4Tensor:
+        """Wraps a weight; nothing is copied."""
+        shape = packed.shape[::-1] if transposed else packed.shape
+        made: NF4Tensor = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=packed.dtype, device=packed.device, requires_grad=False
+        )
+        return made
+
+    def __init__(self, packed: NF4Weight, transposed: bool = False) -> None:
+        self.packed = packed
+        self.transposed = transposed
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """Shape, dtype and bytes instead of values."""
+        return f"NF4Tensor({tuple(self.shape)}, {self.dtype}, {self.packed.nbytes:,} bytes on {self.device})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        """The names of the inner tensors, for torch's tools that take subclasses apart."""
+        return list(self.packed.tensors()), (self.packed, self.transposed)
+
+    def __getattr__(self, name: str) -> Tensor:
+        # Only reached for what is no attribute: the inner tensors by the names `__tensor_flatten__` gives.
+        packed = self.__dict__.get("packed")
+        inner = packed.tensors() if packed is not None else {}
+        if name in inner:
+            return inner[name]
+        raise AttributeError(f"'NF4Tensor' object has no attribute {name!r}")
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> NF4Tensor:
+        """Puts inner tensors together again."""
+        packed, transposed = context
+        return NF4Tensor(packed.with_tensors(inner), transposed)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Products and lookups have ways of their own; all else goes on to `__torch_dispatch__`."""
+        own = _FUNCTIONS.get(func)
+        if own is not None:
+            found = own(*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What moves, copies or views the whole tensor keeps it in 4 bits; what reads it gets dense values."""
+        kwargs = kwargs or {}
+        own = _OPERATIONS.get(func)
+        if own is not None and isinstance(args[0], NF4Tensor):
+            return own(func, *args, **kwargs)
+        if func._schema.is_mutable and any(isinstance(a, NF4Tensor) for a in args[:1]):
+            raise NotImplementedError(f"{func} would write into a 4-bit weight, which is frozen: dequantise it first")
+        return func(*tree_map(dense, args), **tree_map(dense, kwargs))
+
+
+def dense(value: Any) -> Any:
+    """The dequantised matrix of an `NF4Tensor`, in its dtype and its layout; any other value as it is."""
+    if not isinstance(value, NF4Tensor):
+        return value
+    matrix = value.packed.dequantize()
+    return matrix.t() if value.transposed else matrix
+
+
+# Products, below which autograd sees one function.
+
+
+class _Product(torch.autograd.Function):
+    """X W^T + b, or X W for a weight that is used the other way round; W frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: NF4Weight, forwards: bool) -> Tensor:  # type: ignore[override]
+        ctx.weight, ctx.forwards = weight, forwards
+        if forwards:
+            return weight.matmul(x, bias)
+        out = weight.t_matmul(x)
+        return out if bias is None else out + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx = db = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.weight.t_matmul(grad) if ctx.forwards else ctx.weight.matmul(grad)
+        if ctx.needs_input_grad[1]:
+            db = grad.flatten(0, -2).sum(0)
+        return dx, db, None, None
+
+
+def _product(x: Tensor, weight: NF4Tensor, bias: Tensor | None, *, forwards: bool) -> Tensor:
+    """X M^T + b (forwards) or X M + b, where M is the tensor as it looks."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    made: Tensor = _Product.apply(x, bias, weight.packed, forwards != weight.transposed)
+    return made
+
+
+def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, NF4Tensor) or isinstance(x, NF4Tensor):
+        return NotImplemented
+    return _product(x, weight, bias, forwards=True)
+
+
+def _matmul(x: Any, other: Any) -> Any:
+    if isinstance(x, NF4Tensor) or not isinstance(other, NF4Tensor) or x.dim() < 2:
+        return NotImplemented
+    return _product(x, other, None, forwards=False)
+
+
+def _addmm(bias: Any, x: Any, other: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    plain = isinstance(x, Tensor) and not isinstance(x, NF4Tensor) and not isinstance(bias, NF4Tensor)
+    if not plain or not isinstance(other, NF4Tensor) or bias.dim() != 1 or beta != 1 or alpha != 1:
+        return NotImplemented
+    return _product(x, other, bias, forwards=False)
+
+
+def _embedding(ids: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(weight, NF4Tensor) or weight.transposed:
+        return NotImplemented
+    # Padding and frequency matter to the gradient alone, and there is none; a maximal norm would rewrite the weight.
+    max_norm = kwargs.get("max_norm", args[1] if len(args) > 1 else None)
+    if max_norm is not None:
+        raise NotImplementedError("an embedding with max_norm rewrites its weight, which is frozen in 4 bits")
+    return weight.packed.take(ids)
+
+
+def _transpose(weight: Any, *dims: int) -> Any:
+    if sorted(d % 2 for d in dims) not in ([], [0, 1]):
+        return NotImplemented
+    return NF4Tensor(weight.packed, not weight.transposed)
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.__matmul__: _matmul,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    Tensor.t: _transpose,
+    torch.t: _transpose,
+    Tensor.transpose: _transpose,
+    torch.transpose: _transpose,
+    Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
+}
+
+
+# Operations below autograd.
+
+
+def _same(func: Any, weight: NF4Tensor, *args: Any, **kwargs: Any) -> NF4Tensor:
+    return NF4Tensor(weight.packed, weight.transposed)
+
+
+def _clone(func: Any, weight: NF4Tensor, *args: Any, **kwargs: Any) -> NF4Tensor:
+    packed = weight.packed
+    return NF4Tensor(packed.with_tensors({n: t.clone() for n, t in packed.tensors().items()}), weight.transposed)
+
+
+def _to(func: Any, weight: NF4Tensor, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> NF4Tensor:
+    return NF4Tensor(weight.packed.to(device, dtype), weight.transposed)
+
+
+_OPERATIONS: dict[Any, Callable[..., Any]] = {
+    _aten.detach.default: _same,
+    _aten.alias.default: _same,
+    _aten.clone.default: _clone,
+    _aten._to_copy.default: _to,
+}
+
+
+def frozen(packed: NF4Weight, *, transposed: bool = False) -> nn.Parameter:
+    """The parameter to put into a module."""
+    return nn.Parameter(NF4Tensor(packed, transposed), requires_grad=False)
