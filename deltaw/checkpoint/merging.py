@@ -15,7 +15,7 @@ from deltaw.core.errors import InputError
 from deltaw.methods.companions import TokenRows
 from deltaw.methods.host import AdaptedSite, _forward, _uninstall, book_of, forget, sites_of
 from deltaw.methods.registry import method_of
-from deltaw.models.sites import DenseWeight, base_modules
+from deltaw.models.sites import SiteWeight, base_modules
 
 #: Elements of W that are computed at a time: a float32 temporary of 64 MiB.
 _ELEMENTS = 1 << 24
@@ -152,7 +152,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _sum(weight: DenseWeight, parts: list[tuple[Any, float]]) -> Tensor:
+def _sum(weight: SiteWeight, parts: list[tuple[Any, float]]) -> Tensor:
     """W + sum of weighted deltas in the stored layout, computed by rows in float32."""
     stored = weight.stored.detach()
     new = torch.empty_like(stored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,6 +40,22 @@ class BaseWeight(Protocol):
 
     def dequantize(self, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The rows of W as a dense tensor (rows, in); all rows when None. May share memory: never write to it."""
+
+
+def packed_of(parameter: Any) -> BaseWeight | None:
+    """The weight behind a parameter that is stored in some other way than by its values; None for a plain one.
+
+    Such a parameter is a tensor subclass with an attribute `packed`, the matrix (out, in) of the module that it is the
+    weight of (an embedding's is (vocab, dim)), and with `dequantize()`, its values in its own layout.
+    """
+    packed: BaseWeight | None = getattr(parameter, "packed", None)
+    return packed
+
+
+def stored_bytes(parameter: Tensor) -> int:
+    """Bytes that a parameter's storage takes."""
+    packed = packed_of(parameter)
+    return parameter.numel() * parameter.element_size() if packed is None else packed.nbytes
 
 
 @dataclass(frozen=True)

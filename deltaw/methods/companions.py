@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.errors import InputError, near
-from deltaw.core.protocols import LowRank
+from deltaw.core.protocols import LowRank, packed_of
 from deltaw.methods.contract import Placed
 from deltaw.models.sites import Site, base_modules, kind_of, site_of
 
@@ -88,19 +88,18 @@ class TokenRows(nn.Module):
         self, site: Site, indices: Sequence[int], *, dtype: torch.dtype | None, tied_to: TokenRows | None = None
     ) -> None:
         super().__init__()
-        stored = site.weight.stored.detach()
+        count = site.weight.stored.shape[0]
         wanted = list(indices)
-        whole = all(isinstance(i, int) and 0 <= i < stored.shape[0] for i in wanted)
+        whole = all(isinstance(i, int) and 0 <= i < count for i in wanted)
         if not wanted or not whole or len(set(wanted)) < len(wanted):
-            raise InputError(
-                f"trainable tokens {wanted!r}: expected distinct row numbers of {site.name} below {stored.shape[0]}"
-            )
+            raise InputError(f"trainable tokens {wanted!r}: expected distinct row numbers of {site.name} below {count}")
         # The order is kept: PEFT's files hold the rows in the order of the configuration.
-        index = torch.tensor(wanted, dtype=torch.long, device=stored.device)
+        index = torch.tensor(wanted, dtype=torch.long, device=site.weight.device)
+        values = site.weight.take(index)
         self.kind = site.kind
         self.register_buffer("index", index, persistent=False)
         if tied_to is None:
-            self.rows = nn.Parameter(stored[index].to(_wider(dtype or torch.float32, stored), copy=True))
+            self.rows = nn.Parameter(values.to(_wider(dtype or torch.float32, values), copy=True))
         else:
             self.rows = tied_to.rows
         self.tied = tied_to is not None
@@ -115,8 +114,8 @@ class TokenRows(nn.Module):
         return None
 
     def _shift(self) -> Tensor:
-        stored: Tensor = self._site.weight.stored
-        return self.rows - stored.detach()[self.index]
+        values: Tensor = self._site.weight.take(self.index)
+        return self.rows - values
 
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """Adds T - W at chosen tokens (embedding), or h (T - W)^T at chosen logits (head)."""
@@ -182,6 +181,10 @@ class ModuleCopy(nn.Module):
             # Another adapter may already sit on the module; its copy starts from the bare base.
             if inner._modules.pop("adapted", None) is not None:
                 del inner.__dict__["forward"]
+            for name, parameter in inner._parameters.items():
+                # A copy is trained, so its values are dense however the base keeps them.
+                if parameter is not None and packed_of(parameter) is not None:
+                    inner._parameters[name] = nn.Parameter(parameter.dequantize().contiguous())
         for parameter in self.copy.parameters():
             if dtype is not None and parameter.is_floating_point():
                 parameter.data = parameter.data.to(_wider(dtype, parameter))

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from deltaw.core.configs import accepts
+from deltaw.core.errors import InputError
+from deltaw.core.protocols import packed_of
 from deltaw.methods.contract import Method, Placed
 
 
@@ -22,6 +24,8 @@ class Full:
 def _attach(
     model: nn.Module, config: Full, generator: Callable[[str], torch.Generator], dtype: torch.dtype | None
 ) -> list[Placed]:
+    if any(packed_of(parameter) is not None for parameter in model.parameters()):
+        raise InputError("full fine-tuning trains the weights themselves, and these are held in 4 bits: use an adapter")
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)

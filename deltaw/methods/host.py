@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from deltaw.core.errors import InputError, unknown_name
 from deltaw.core.generators import generator
-from deltaw.core.protocols import LowRank
+from deltaw.core.protocols import LowRank, stored_bytes
 from deltaw.kernels.lora_linear import lora_linear
 from deltaw.methods.contract import Method, Placed
 from deltaw.methods.registry import method_of
-from deltaw.models.sites import DenseWeight, base_modules, fused_experts, kind_of
+from deltaw.models.sites import SiteWeight, base_modules, fused_experts, kind_of
 
 #: A set of active adapters: None (the bare base), one name, several (weights 1), or weights by name.
 Active = str | Sequence[str] | Mapping[str, float] | None
@@ -35,7 +35,7 @@ class AdaptedSite(nn.Module):
         self.parts = nn.ModuleDict()
         self.active: dict[str, float] = {}
         kind = kind_of(module)
-        self.weight = DenseWeight(module, kind) if kind is not None else None
+        self.weight = SiteWeight(module, kind) if kind is not None else None
         # Only a module whose forward is exactly x W^T + b may be computed by the fused product.
         plain = type(module).forward in (nn.Linear.forward, _conv1d_forward())
         self.fusable = plain and "forward" not in module.__dict__
@@ -408,7 +408,7 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         fresh = [p for p in part.parameters() if id(p) not in seen]
         seen.update(map(id, fresh))
         kind = kind_of(module)
-        shape = DenseWeight(module, kind).shape if kind else ()
+        shape = SiteWeight(module, kind).shape if kind else ()
         sites.append(
             SiteSummary(path, kind or type(module).__name__, shape, sum(p.numel() for p in fresh), part.described())
         )
@@ -419,8 +419,8 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         sites=sites,
         trainable_parameters=sum(p.numel() for p in parameters.values()),
         base_parameters=sum(p.numel() for p in base.values()),
-        adapter_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
-        base_bytes=sum(p.numel() * p.element_size() for p in base.values()),
+        adapter_bytes=sum(stored_bytes(p) for p in parameters.values()),
+        base_bytes=sum(stored_bytes(p) for p in base.values()),
         left_out=fused_experts(model),
     )
 

@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.errors import InputError
+from deltaw.core.protocols import BaseWeight, packed_of, stored_bytes
 
 Kind = Literal["linear", "conv1d", "embedding"]
 
 
-class DenseWeight:
-    """A 16- or 32-bit weight as a `BaseWeight`: W (out, in) of a linear, a Conv1D (stored (in, out)) or an embedding.
+class SiteWeight:
+    """A module's weight as a `BaseWeight`: W (out, in) of a linear, a Conv1D (stored (in, out)) or an embedding.
 
-    An embedding with weight (vocab, dim) is the matrix (dim, vocab) applied to one-hot columns.
+    An embedding with weight (vocab, dim) is the matrix (dim, vocab) applied to one-hot columns. How the weight is
+    stored is the parameter's own affair: a packed one (4 bits) answers for itself.
     """
 
     def __init__(self, module: nn.Module, kind: Kind) -> None:
@@ -42,6 +44,11 @@ class DenseWeight:
         return self.stored if self.kind == "linear" else self.stored.t()
 
     @property
+    def packed(self) -> BaseWeight | None:
+        """The weight behind a packed parameter of a linear or Conv1D."""
+        return None if self.kind == "embedding" else packed_of(self.stored)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         rows, columns = self.stored.shape
@@ -49,7 +56,7 @@ class DenseWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameter's dtype."""
+        """The dtype of the values."""
         return self.stored.dtype
 
     @property
@@ -59,21 +66,40 @@ class DenseWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the parameter."""
-        return self.stored.numel() * self.stored.element_size()
+        """Bytes of the parameter's storage."""
+        return stored_bytes(self.stored)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """X W^T + bias: (..., in) to (..., out)."""
-        return F.linear(x, self.matrix, bias)
+        packed = self.packed
+        return F.linear(x, self.matrix, bias) if packed is None else packed.matmul(x, bias)
 
     def t_matmul(self, grad: Tensor) -> Tensor:
         """G W: (..., out) to (..., in)."""
-        return grad @ self.matrix
+        packed = self.packed
+        return grad @ self.matrix if packed is None else packed.t_matmul(grad)
 
     def dequantize(self, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The rows of W (rows, in), cast when `dtype` is given; may share memory with the parameter."""
-        matrix = self.matrix.detach() if rows is None else self.matrix.detach()[rows]
+        packed = self.packed
+        if packed is not None:
+            return packed.dequantize(rows, dtype)
+        matrix = self.values().t() if self.kind != "linear" else self.values()
+        matrix = matrix if rows is None else matrix[rows]
         return matrix if dtype is None else matrix.to(dtype)
+
+    def values(self) -> Tensor:
+        """The parameter's values in its own layout, detached; dense also where it is packed."""
+        stored = self.stored.detach()
+        return stored if packed_of(stored) is None else stored.dequantize()
+
+    def take(self, index: Tensor) -> Tensor:
+        """Chosen rows of the parameter as it is stored: (n,) to (n, columns), detached."""
+        packed: Any = packed_of(self.stored)
+        if packed is None or self.kind == "conv1d":
+            return self.values()[index]
+        rows: Tensor = packed.take(index)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -90,7 +116,7 @@ class Site:
     name: str
     module: nn.Module = field(repr=False)
     kind: Kind
-    weight: DenseWeight = field(repr=False)
+    weight: SiteWeight = field(repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -135,7 +161,7 @@ def site_of(name: str, module: nn.Module) -> Site:
             raise InputError(
                 f"cannot adapt {name!r}: {type(module).__name__} with a forward of its own, max_norm or sparse weights"
             )
-    return Site(name, module, kind, DenseWeight(module, kind))
+    return Site(name, module, kind, SiteWeight(module, kind))
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

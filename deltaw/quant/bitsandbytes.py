@@ -26,7 +26,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 def from_bitsandbytes(packed: Tensor, quant_state: Any, *, name: str = "the weight") -> NF4Weight:
-    """bitsandbytes' packed weight as ours; nothing is requantised and, where layouts allow, nothing copied.
+    """A packed weight of bitsandbytes as ours; nothing is requantised and, where layouts allow, nothing copied.
 
     Args:
         packed: two codes a byte, any shape and storage dtype (`Params4bit.data`, or what a file holds).
@@ -53,7 +53,7 @@ def from_bitsandbytes(packed: Tensor, quant_state: Any, *, name: str = "the weig
         )
     if facts["code"] is not None and facts["code"].float().flatten()[:16].tolist() != list(NF4_VALUES):
         raise InputError(f"{name} has a codebook that is not NormalFloat's: load the 16-bit model")
-    scales: Tensor | NestedScales = absmax.detach().reshape(-1)
+    scales: Tensor | NestedScales
     if facts["nested"] is not None:
         nested = facts["nested"]
         if int(nested["blocksize"]) != NESTED_BLOCK or nested["absmax"].numel() != -(-blocks // NESTED_BLOCK):
@@ -67,7 +67,7 @@ def from_bitsandbytes(packed: Tensor, quant_state: Any, *, name: str = "the weig
             torch.as_tensor(nested["offset"], dtype=torch.float32, device=codes.device).reshape(()),
         )
     else:
-        scales = scales.float()
+        scales = absmax.detach().reshape(-1).float()
     return NF4Weight(codes, scales, (shape[0], shape[1]), facts["dtype"], block)
 
 

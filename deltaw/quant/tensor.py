@@ -45,7 +45,12 @@ class NF4Tensor(torch.Tensor):
         self.packed = packed
         self.transposed = transposed
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def dequantize(self) -> Tensor:
+        """The dense matrix, in the tensor's dtype and layout."""
+        matrix = self.packed.dequantize()
+        return matrix.t() if self.transposed else matrix
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Shape, dtype and bytes instead of values."""
         return f"NF4Tensor({tuple(self.shape)}, {self.dtype}, {self.packed.nbytes:,} bytes on {self.device})"
 
@@ -55,7 +60,7 @@ class NF4Tensor(torch.Tensor):
 
     def __getattr__(self, name: str) -> Tensor:
         # Only reached for what is no attribute: the inner tensors by the names `__tensor_flatten__` gives.
-        packed = self.__dict__.get("packed")
+        packed: NF4Weight | None = self.__dict__.get("packed")
         inner = packed.tensors() if packed is not None else {}
         if name in inner:
             return inner[name]
@@ -79,7 +84,9 @@ class NF4Tensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """What moves, copies or views the whole tensor keeps it in 4 bits; what reads it gets dense values."""
         kwargs = kwargs or {}
         own = _OPERATIONS.get(func)
@@ -91,11 +98,8 @@ class NF4Tensor(torch.Tensor):
 
 
 def dense(value: Any) -> Any:
-    """The dequantised matrix of an `NF4Tensor`, in its dtype and its layout; any other value as it is."""
-    if not isinstance(value, NF4Tensor):
-        return value
-    matrix = value.packed.dequantize()
-    return matrix.t() if value.transposed else matrix
+    """The dense matrix of an `NF4Tensor`; any other value as it is."""
+    return value.dequantize() if isinstance(value, NF4Tensor) else value
 
 
 # Products, below which autograd sees one function.
@@ -200,7 +204,18 @@ def _to(func: Any, weight: NF4Tensor, *, dtype: Any = None, device: Any = None, 
     return NF4Tensor(weight.packed.to(device, dtype), weight.transposed)
 
 
+def _copy(func: Any, weight: NF4Tensor, source: Any, *args: Any, **kwargs: Any) -> NF4Tensor:
+    same = isinstance(source, NF4Tensor) and source.transposed == weight.transposed
+    if not same or source.packed.double_quant != weight.packed.double_quant or source.shape != weight.shape:
+        raise NotImplementedError(f"a 4-bit weight takes the values of one of its own kind, not of {source!r:.80}")
+    for name, inner in source.packed.tensors().items():
+        if name != "nested_code":
+            weight.packed.tensors()[name].copy_(inner)
+    return weight
+
+
 _OPERATIONS: dict[Any, Callable[..., Any]] = {
+    _aten.copy_.default: _copy,
     _aten.detach.default: _same,
     _aten.alias.default: _same,
     _aten.clone.default: _clone,

@@ -16,7 +16,7 @@ from deltaw.core.errors import InputError
 from deltaw.core.generators import generator
 from deltaw.methods import METHODS
 from deltaw.methods.host import parts_of, sites_of
-from deltaw.models.sites import DenseWeight, kind_of
+from deltaw.models.sites import SiteWeight, kind_of
 
 ALL = {f"{method}-{name}": case for method, cases in CASES.items() for name, case in cases.items()}
 METHOD = {key: METHODS[key.split("-")[0]] for key in ALL}
@@ -214,7 +214,7 @@ def test_parameter_count_follows_the_formula(key):
     assert summary.adapter_bytes == 4 * summary.trainable_parameters
     if ALL[key].counted:
         expected = sum(
-            method.param_count(ALL[key].config, kind_of(module), DenseWeight(module, kind_of(module)).shape)
+            method.param_count(ALL[key].config, kind_of(module), SiteWeight(module, kind_of(module)).shape)
             for _, module, _ in parts_of(model, "default")
         )
         assert summary.trainable_parameters == expected

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from deltaw.core.generators import generator
 from deltaw.core.protocols import BaseWeight
 from deltaw.kernels.lora_linear import draw_dropout_seed, dropout_mask, lora_linear
-from deltaw.models.sites import DenseWeight
+from deltaw.models.sites import SiteWeight
 
 SHAPES = [(5,), (3, 5), (2, 3, 5), (1, 5), (2, 1, 4, 5), (0, 5), (2, 0, 5)]
 
@@ -22,7 +22,7 @@ def base(out=7, inner=5, dtype=torch.float64, conv=False):
     module = Conv1D(out, inner) if conv else nn.Linear(inner, out)
     module = module.to(dtype).requires_grad_(False)
     module.weight.copy_(drawn(*module.weight.shape, seed=9, dtype=dtype))
-    return DenseWeight(module, "conv1d" if conv else "linear")
+    return SiteWeight(module, "conv1d" if conv else "linear")
 
 
 def plain(x, weight, A, B, scale, bias=None, mask=None):
@@ -132,7 +132,7 @@ def test_bfloat16_against_float64(factors):
     tensors = [
         t.detach().to(factors if i in (1, 2) else torch.bfloat16).requires_grad_() for i, t in enumerate(tensors)
     ]
-    exact = DenseWeight(nn.Linear(16, 24).double().requires_grad_(False), "linear")
+    exact = SiteWeight(nn.Linear(16, 24).double().requires_grad_(False), "linear")
     exact.module.weight.copy_(weight.stored)
     got = results(fused, tensors, weight=weight)
     expected = results(reference, [t.detach().double().requires_grad_() for t in tensors], weight=exact)
