@@ -1,0 +1,144 @@
+"""The 4-bit kernels for CUDA, in Triton: `nf4.py`'s torch functions to the bit, in one launch each.
+
+Both stages of double quantisation are undone in registers, so what passes through memory is half a byte read and one
+value written each. Exactness needs two roundings in absmax = code[q] absmax2 + offset, hence `enable_fp_fusion=False`
+(the compiler would make it one fused multiply-add), and true divisions.
+
+Programs take whole blocks: the scales are then one load for a block and not one for a value. Flat indices are 64-bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped,import-not-found]
+import triton.language as tl  # type: ignore[import-untyped,import-not-found]
+from torch import Tensor
+
+from deltaw.kernels.nf4 import NESTED_BLOCK, SMALLEST_DIVISOR, NestedScales
+
+#: Values of one program (at least one block).
+TILE = 8192
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dequantize_kernel(
+    codes: Any,
+    code: Any,
+    absmax: Any,
+    map8: Any,
+    absmax2: Any,
+    offset: Any,
+    out: Any,
+    start: Any,
+    stop: Any,
+    BLOCKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+) -> None:
+    block = start // BLOCK_SIZE + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    live = block * BLOCK_SIZE < stop
+    scale = tl.load(absmax + block, mask=live, other=0)
+    if NESTED:
+        mapped = tl.load(map8 + scale.to(tl.int32))
+        scale = mapped * tl.load(absmax2 + block // NESTED_BLOCK, mask=live, other=0.0) + tl.load(offset)
+
+    byte = block[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
+    inside = (2 * byte + 1 >= start) & (2 * byte < stop)
+    pair = tl.load(codes + byte, mask=inside, other=0).to(tl.int32)
+    high = tl.load(code + (pair >> 4)) * scale[:, None]
+    low = tl.load(code + (pair & 15)) * scale[:, None]
+
+    values = tl.interleave(high, low)
+    at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    tl.store(out + (at - start), values.to(out.dtype.element_ty), mask=(at >= start) & (at < stop))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _quantize_kernel(
+    x: Any,
+    code: Any,
+    codes: Any,
+    absmax: Any,
+    count: Any,
+    smallest: Any,
+    BLOCKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+) -> None:
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    values = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(values), axis=1)
+    # A maximum drops NaN, which must stay visible in the scales.
+    broken = tl.max((values != values).to(tl.int32), axis=1)
+    largest = tl.where(broken > 0, float("nan"), largest)
+    tl.store(absmax + block, largest, mask=block * BLOCK_SIZE < count)
+
+    scaled = values * tl.math.div_rn(1.0, tl.maximum(largest, tl.cast(smallest, tl.float32)))[:, None]
+    q = tl.zeros([BLOCKS, BLOCK_SIZE], dtype=tl.int32)
+    for i in tl.static_range(15):
+        middle = (tl.load(code + i) + tl.load(code + i + 1)) * 0.5
+        q += (scaled > middle).to(tl.int32)
+    high, low = tl.split(tl.reshape(q, (BLOCKS, BLOCK_SIZE // 2, 2)))
+    byte = block[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
+    tl.store(codes + byte, ((high << 4) | low).to(tl.uint8), mask=2 * byte < count)
+
+
+def dequantize_4bit(
+    codes: Tensor,
+    code: Tensor,
+    scales: Tensor | NestedScales,
+    *,
+    start: int,
+    stop: int,
+    out: Tensor,
+    block_size: int = 64,
+) -> None:
+    """`nf4.dequantize_4bit_torch` in one kernel, both forms of scales; all tensors on one CUDA device."""
+    if start == stop:
+        return
+    nested = isinstance(scales, NestedScales)
+    parts = (scales.q, scales.code, scales.absmax, scales.offset) if isinstance(scales, NestedScales) else (scales,) * 4
+    blocks = max(1, TILE // block_size)
+    touched = -(-stop // block_size) - start // block_size
+    with torch.cuda.device_of(codes):
+        _dequantize_kernel[(triton.cdiv(touched, blocks),)](
+            codes.contiguous(),
+            code,
+            *(part.contiguous().to(codes.device) for part in parts),
+            out,
+            start,
+            stop,
+            BLOCKS=blocks,
+            BLOCK_SIZE=block_size,
+            NESTED=nested,
+            NESTED_BLOCK=NESTED_BLOCK,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
+
+
+def quantize_4bit(x: Tensor, code: Tensor, *, block_size: int = 64) -> tuple[Tensor, Tensor]:
+    """`nf4.quantize_4bit_torch` in one kernel; all tensors on one CUDA device."""
+    flat = x.detach().reshape(-1)
+    count = len(flat)
+    codes = torch.empty(-(-count // 2), dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=x.device)
+    if count:
+        blocks = max(1, TILE // 2 // block_size)
+        with torch.cuda.device_of(x):
+            _quantize_kernel[(triton.cdiv(len(absmax), blocks),)](
+                flat,
+                code,
+                codes,
+                absmax,
+                count,
+                SMALLEST_DIVISOR,
+                BLOCKS=blocks,
+                BLOCK_SIZE=block_size,
+                num_warps=8,
+                enable_fp_fusion=False,
+            )
+    return codes, absmax

@@ -1,0 +1,160 @@
+"""The Triton kernels against their torch reference, whole tensors and to the bit.
+
+Without a GPU they run in Triton's interpreter, in a process of their own: the interpreter is chosen by a variable that
+Triton reads when it is first imported.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deltaw.core.generators import generator
+from deltaw.kernels import nf4
+from deltaw.quant.codebooks import dynamic_code, nf4_code
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: The interpreter rounds to bfloat16 wrongly: ties away from zero, and no carry into the exponent.
+OUT_DTYPES = DTYPES[:2] if INTERPRETED else DTYPES
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_kernels = [
+    needs_triton,
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA device"),
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+]
+
+
+def kernels(function):
+    for mark in needs_kernels:
+        function = mark(function)
+    return function
+
+
+@pytest.fixture
+def device():
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_kernels_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", "not interpreter"]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
+def matrix(count, dtype, device, *, exponent=0, seed=0):
+    x = torch.randn(count, generator=generator(seed, "x")) * 10.0**exponent
+    x[70:140] = 0
+    return x.to(dtype).to(device)
+
+
+def both_scales(absmax):
+    """Plain scales and their 8-bit form."""
+    offset = absmax.mean()
+    q, nested = nf4.quantize_8bit(absmax - offset, dynamic_code(device=absmax.device))
+    return absmax, nf4.NestedScales(q, dynamic_code(device=absmax.device), nested, offset)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@pytest.mark.parametrize(("count", "exponent"), [(1, 0), (333, 3), (20001, -4)])
+def test_quantising_is_the_reference(device, dtype, block_size, count, exponent):
+    from deltaw.kernels import nf4_triton
+
+    x = matrix(count, dtype, device, exponent=exponent)
+    code = nf4_code(x.device)
+    codes, absmax = nf4_triton.quantize_4bit(x, code, block_size=block_size)
+    wanted_codes, wanted_absmax = nf4.quantize_4bit_torch(x, code, block_size=block_size)
+    assert torch.equal(absmax, wanted_absmax)
+    assert torch.equal(codes, wanted_codes)
+
+
+@kernels
+def test_quantising_takes_the_smaller_code_at_a_middle_and_shows_nan(device):
+    from deltaw.kernels import nf4_triton
+
+    code = nf4_code(torch.device(device))
+    middles = (code[1:] + code[:-1]) / 2
+    around = [
+        middles,
+        middles.nextafter(code[-1] + 1),
+        middles.nextafter(code[0] - 1),
+        code,
+        code[-1:] * 0,
+        code[-1:].expand(2),
+    ]
+    x = torch.cat([*around, code.new_full((64,), 1e-42), code.new_full((64,), 3e38), code.new_full((2,), float("nan"))])
+    codes, absmax = nf4_triton.quantize_4bit(x, code)
+    wanted_codes, wanted_absmax = nf4.quantize_4bit_torch(x, code)
+    assert torch.equal(codes[:-1], wanted_codes[:-1])
+    assert torch.equal(absmax[:-1], wanted_absmax[:-1]) and absmax[-1].isnan() and wanted_absmax[-1].isnan()
+
+
+@kernels
+@pytest.mark.parametrize("dtype", OUT_DTYPES)
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@pytest.mark.parametrize(("start", "stop"), [(0, 20001), (0, 64), (77, 78), (1, 17000), (8192, 20000), (9, 9)])
+def test_dequantising_is_the_reference(device, dtype, block_size, start, stop):
+    from deltaw.kernels import nf4_triton
+
+    code = nf4_code(torch.device(device))
+    codes, absmax = nf4.quantize_4bit_torch(matrix(20001, torch.float32, device), code, block_size=block_size)
+    for scales in both_scales(absmax):
+        # A frame around the output shows what writes outside.
+        frames = [torch.full((stop - start + 16,), 9.0, dtype=dtype, device=device) for _ in range(2)]
+        for frame, read in zip(frames, (nf4_triton.dequantize_4bit, nf4.dequantize_4bit_torch), strict=True):
+            read(codes, code, scales, start=start, stop=stop, out=frame[8:-8], block_size=block_size)
+        assert torch.equal(*frames)
+        assert (frames[0][:8] == 9).all() and (frames[0][-8:] == 9).all()
+
+
+@kernels
+def test_scales_are_rounded_twice(device):
+    """With absmax = map * nested + offset in one rounding, a share of these values would differ."""
+    from deltaw.kernels import nf4_triton
+
+    count = 64 * (1000 if INTERPRETED else 100_000)
+    code = nf4_code(torch.device(device))
+    codes, absmax = nf4.quantize_4bit_torch(matrix(count, torch.float32, device, seed=1), code)
+    scales = both_scales(absmax)[1]
+    once = scales.code.double()[scales.q.long()] * scales.absmax.double().repeat_interleave(256)[: len(absmax)]
+    assert ((once + scales.offset.double()).float() != scales.values()).sum() > len(absmax) / 100
+    got, wanted = torch.empty(count, device=device), torch.empty(count, device=device)
+    nf4_triton.dequantize_4bit(codes, code, scales, start=0, stop=count, out=got)
+    nf4.dequantize_4bit_torch(codes, code, scales, start=0, stop=count, out=wanted)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_beyond_two_to_the_31_values(double_quant):
+    """Both kernels by way of their callers, compared chunk by chunk at the ends and in the middle."""
+    count = 2**31 + 12345
+    code = nf4_code(torch.device("cuda"))
+    x = torch.randn(1 << 20, generator=generator(0, "x")).to("cuda", torch.bfloat16).repeat(-(-count // (1 << 20)))
+    x = x[:count]
+    codes, absmax = nf4.quantize_4bit(x, code)
+    scales = both_scales(absmax)[double_quant]
+    values = nf4.dequantize_4bit(codes, code, scales, start=0, stop=count, dtype=torch.bfloat16)
+    for start, stop in ((0, 1 << 20), (2**31 - 12321, 2**31 + 777), (count - 9999, count)):
+        begin = start // 64 * 64
+        part_codes, part_absmax = nf4.quantize_4bit_torch(x[begin:stop], code)
+        assert torch.equal(part_codes, codes[begin // 2 : -(-stop // 2)])
+        assert torch.equal(part_absmax, absmax[begin // 64 : -(-stop // 64)])
+        wanted = torch.empty(stop - start, dtype=torch.bfloat16, device="cuda")
+        nf4.dequantize_4bit_torch(codes, code, scales, start=start, stop=stop, out=wanted)
+        assert torch.equal(values[start:stop], wanted)
+        again = nf4.dequantize_4bit(codes, code, scales, start=start, stop=stop, dtype=torch.bfloat16)
+        assert torch.equal(again, wanted)
