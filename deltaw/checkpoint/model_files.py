@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw.core.errors import InputError, RunError, unknown_name
+from deltaw.checkpoint.quantized import load_quantized, saved_form, saved_quantization
+from deltaw.core.errors import DeltawError, InputError, RunError, unknown_name
 from deltaw.core.files import as_os_error, atomic_folder
 from deltaw.core.generators import generator
 from deltaw.methods.host import book_of, sites_of
 from deltaw.models.sites import task_heads
-from deltaw.models.sources import explain_hub_error, resolve
+from deltaw.models.sources import ModelSource, explain_hub_error, resolve
+from deltaw.quant.config import NF4
 
 TASKS = ("causal-lm", "instruct", "sequence-classification", "token-classification", "masked-lm")
 
@@ -70,8 +72,12 @@ def load_model(
     labels: Sequence[str] | None = None,
     seed: int = 0,
     attn_implementation: str | None = None,
+    quantize: NF4 | None = None,
 ) -> Any:
     """Loads a model for a task.
+
+    With `quantize`, and from a folder in bitsandbytes' NF4, the weights are read one by one, and the process takes
+    at no time more than the 4-bit model and its two largest 16-bit tensors.
 
     Args:
         source: an embedded name (`smollm2-135m`, `minilm`), a folder, a `.gguf` file or a hub id.
@@ -81,12 +87,14 @@ def load_model(
         labels: names of the classes, for the two classification tasks.
         seed: decides the starting values of a new classification head.
         attn_implementation: transformers' choice when None.
+        quantize: hold the linear weights in 4 bits, frozen; a folder that is in 4 bits is loaded so without asking.
 
     Returns:
         A transformers model in eval mode on the device.
 
     Raises:
-        InputError: no such model, an architecture without this task, weights that are missing.
+        InputError: no such model, an architecture without this task, weights that are missing, another quantisation
+            than NF4, and with `quantize` a weight with a NaN or an infinity.
         RunError: the hub cannot be reached.
     """
     import transformers
@@ -95,30 +103,55 @@ def load_model(
     found = resolve(source)
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
+    if quantize is not None and not isinstance(quantize, NF4):
+        raise InputError(f"quantize is {quantize!r}: expected dw.NF4() or None")
     with _quiet_transformers():
         config = _load(transformers.AutoConfig, found.path_or_id, source)
         auto = _auto_class(task, config)
-        extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        extra: dict[str, Any] = {"dtype": pick_dtype(dtype, place)}
+        if attn_implementation:
+            extra["attn_implementation"] = attn_implementation
+        head: dict[str, Any] = {}
         if task.endswith("classification"):
             if not labels:
                 raise InputError(f"task {task} needs labels: give the names of the classes")
-            extra |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
-            extra["label2id"] = {label: i for i, label in enumerate(labels)}
-        model, info = _load(
-            auto,
-            found.path_or_id,
-            source,
-            dtype=pick_dtype(dtype, place),
-            use_safetensors=True,
-            ignore_mismatched_sizes=False,
-            output_loading_info=True,
-            **extra,
-        )
+            head = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+            head["label2id"] = {label: i for i, label in enumerate(labels)}
+        if quantize is not None or saved_quantization(config, source):
+            model, info = _load_4bit(auto, found, source, head, quantize=quantize, device=place, **extra)
+        else:
+            strict = {"use_safetensors": True, "ignore_mismatched_sizes": False, "output_loading_info": True}
+            model, info = _load(auto, found.path_or_id, source, **strict, **extra, **head)
     _fresh_head(model, sorted(info["missing_keys"]), seed, str(source))
     if model.config.pad_token_id is None and task == "sequence-classification":
         eos = model.config.eos_token_id
         model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos
     return model.to(place).eval()
+
+
+def _load_4bit(
+    auto: Any, found: ModelSource, source: Any, head: dict[str, Any], *, quantize: NF4 | None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The model and transformers' account of keys; a hub id's files are fetched whole before any is read."""
+    import transformers
+
+    folder = Path(found.path_or_id if found.kind != "hub" else _fetch(found.path_or_id, source))
+    config = _load(transformers.AutoConfig, str(folder), source, **head)
+    saved_quantization(config, source)
+    with _one_line(str(folder), source):
+        model, info = load_quantized(auto, folder, config, quantize=quantize, **options)
+    model.config.name_or_path = model.name_or_path = found.path_or_id
+    return model, info
+
+
+def _fetch(hub_id: str, source: Any) -> str:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
+    try:
+        return str(snapshot_download(hub_id, allow_patterns=wanted))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise explain_hub_error(str(source), error) from None
 
 
 def _auto_class(task: str, config: Any) -> Any:
@@ -178,10 +211,19 @@ def model_facts(source: str | os.PathLike[str]) -> ModelFacts:
 
 
 def _load(auto: Any, path_or_id: str, source: Any, **options: Any) -> Any:
+    with _one_line(path_or_id, source):
+        return auto.from_pretrained(path_or_id, trust_remote_code=False, **options)
+
+
+@contextlib.contextmanager
+def _one_line(path_or_id: str, source: Any) -> Iterator[None]:
+    """Turns what transformers and safetensors raise while loading into one line."""
     from safetensors import SafetensorError
 
     try:
-        return auto.from_pretrained(path_or_id, trust_remote_code=False, **options)
+        yield
+    except DeltawError:
+        raise
     except SafetensorError as error:
         raise InputError(f"{path_or_id} holds a damaged safetensors file ({_line(error)}): copy it again") from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -235,13 +277,15 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 def save_model(model: Any, path: str | os.PathLike[str], *, tokenizer: Any = None) -> Path:
     """Writes a whole model (merged, or fully fine-tuned) as a folder that plain transformers loads.
 
+    4-bit weights are written in bitsandbytes' form, which transformers loads with bitsandbytes, and deltaw without.
+
     Args:
         model: a transformers model without unmerged adapters.
         path: the folder; written whole or not at all. Older weights in it go, what else stands there is left alone.
         tokenizer: written beside it when given.
 
     Raises:
-        InputError: adapters are on the model and not merged.
+        InputError: adapters are on the model and not merged, or a 4-bit weight that the form has no place for.
     """
     from safetensors import SafetensorError
 
@@ -252,9 +296,9 @@ def save_model(model: Any, path: str | os.PathLike[str], *, tokenizer: Any = Non
         )
     if (Path(path) / "adapter_config.json").exists():
         raise InputError(f"{path} holds an adapter, which transformers would put on top: choose another folder")
-    with atomic_folder(path, replaces=_WEIGHTS) as folder, _quiet_transformers():
+    with saved_form(model) as form, atomic_folder(path, replaces=_WEIGHTS) as folder, _quiet_transformers():
         try:
-            model.save_pretrained(folder, safe_serialization=True)
+            model.save_pretrained(folder, safe_serialization=True, **form)
         except SafetensorError as error:
             raise as_os_error(error) from error
         except RuntimeError as error:
