@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 LEARNING = {
@@ -35,17 +36,38 @@ def job_config(args: argparse.Namespace, output: str):
     from deltaw.train.config import make_config
 
     keys = dict(LEARNING, model=args.model, data=args.train, test_data=args.test, output=output, seed=args.seed)
-    return make_config({**keys, "rslora": args.method == "rslora", "device": args.device})
+    return make_config({**keys, "method": args.method, "device": args.device})
 
 
 def run_deltaw(args: argparse.Namespace, output: str):
     import deltaw as dw
     from deltaw.studies.job import run_job
 
-    run = run_job(job_config(args, output), command=" ".join(sys.argv), say=note)
-    model = dw.load_model(args.model, device=args.device)
+    config = job_config(args, output)
+    run = run_job(config, command=" ".join(sys.argv), say=note)
+    model = dw.load_model(args.model, device=args.device, quantize=config.quantization)
     dw.load_adapter(model, run.path / "adapter", name="trained")
     return run.record["metrics"], run.record["cost"], model
+
+
+def quantized_by_bitsandbytes(args: argparse.Namespace):
+    """The base as PEFT's guide to QLoRA has it."""
+    import torch
+    import transformers
+    from peft import prepare_model_for_kbit_training
+
+    from deltaw.models.sources import resolve
+
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        resolve(args.model).path_or_id, dtype=torch.bfloat16, quantization_config=four_bits, device_map={"": 0}
+    )
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def run_peft(args: argparse.Namespace, output: str):
@@ -64,7 +86,7 @@ def run_peft(args: argparse.Namespace, output: str):
     config = job_config(args, output)
     rows = run_rows(config, generative=True)
     tokenizer = dw.load_tokenizer(args.model)
-    model = dw.load_model(args.model, device=args.device)
+    model = quantized_by_bitsandbytes(args) if args.method == "qlora" else dw.load_model(args.model, device=args.device)
     examples, collator, _ = training_examples(config, rows, tokenizer, model)
     arguments = training_arguments(config, Path(output), len(examples), model.device, False)
     transformers.set_seed(args.seed)
@@ -96,7 +118,8 @@ def cell(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         run = {"deltaw": run_deltaw, "peft": run_peft}[args.package]
-        metrics, cost, model = run(args, f"{folder}/run")
+        place = Path(args.keep or folder) / f"{args.package}-{args.method}-{args.seed}"
+        metrics, cost, model = run(args, str(place))
         transfer = {}
         tokenizer = dw.load_tokenizer(args.model)
         for item in args.transfer:
@@ -139,6 +162,19 @@ def table(cells: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def run_cell(wanted: tuple[str, str, int]) -> dict:
+    """One cell in a process of its own."""
+    package, method, seed = wanted
+    one = ["--package", package, "--method", method, "--seed", str(seed)]
+    done = subprocess.run([sys.executable, *sys.argv, *one], stdout=subprocess.PIPE, text=True)
+    found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not found:
+        sys.exit(f"the cell {package} {method} {seed} failed with exit code {done.returncode}")
+    result = json.loads(found[0])
+    note(f"{package} {method} {seed}: {result['metrics']['after']}")
+    return result
+
+
 def main() -> None:
     """Runs every cell in turn, each in its own process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,7 +184,9 @@ def main() -> None:
     parser.add_argument("--transfer", nargs="*", default=[], metavar="NAME=FILE")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--packages", nargs="*", default=["deltaw", "peft"])
-    parser.add_argument("--methods", nargs="*", default=["lora"], help="lora, rslora")
+    parser.add_argument("--methods", nargs="*", default=["lora"], help="lora, rslora, qlora")
+    parser.add_argument("--parallel", type=int, default=1, help="cells at a time; their times then say nothing")
+    parser.add_argument("--keep", help="a folder to keep deltaw's run folders in")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="quality.json")
     parser.add_argument("--package", help=argparse.SUPPRESS)
@@ -158,18 +196,12 @@ def main() -> None:
     if args.package:
         cell(args)
         return
+    wanted = [(p, m, s) for m in args.methods for s in args.seeds for p in args.packages]
     cells = []
-    for method in args.methods:
-        for seed in args.seeds:
-            for package in args.packages:
-                one = ["--package", package, "--method", method, "--seed", str(seed)]
-                done = subprocess.run([sys.executable, *sys.argv, *one], stdout=subprocess.PIPE, text=True)
-                found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-                if done.returncode or not found:
-                    sys.exit(f"the cell {package} {method} {seed} failed with exit code {done.returncode}")
-                cells.append(json.loads(found[0]))
-                note(f"{package} {method} {seed}: {cells[-1]['metrics']['after']}")
-                Path(args.out).write_text(json.dumps(cells, indent=1))
+    with ThreadPoolExecutor(args.parallel) as pool:
+        for one in pool.map(run_cell, wanted):
+            cells.append(one)
+            Path(args.out).write_text(json.dumps(cells, indent=1))
     print(table(cells))
 
 

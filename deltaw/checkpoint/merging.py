@@ -1,21 +1,31 @@
-"""Merging: the active adapters go into the weights, in float32 arithmetic, rounded once to the base's dtype.
+"""Merging: the active adapters go into the weights, in float32 arithmetic, rounded once to the form of the weights.
 
-Undoing a merge puts the original parameters back, the very objects; nothing is ever subtracted.
+Into 4 bits a small update is easily lost: nearly every value is nearest to its old code. `mode="retain"` chooses codes
+and scales by the layer's outputs instead (`deltaw.quant.retain`). Undoing a merge puts the original parameters back,
+the very objects; nothing is ever subtracted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.errors import InputError
+from deltaw.checkpoint.calibration import Moments, on_device
+from deltaw.core.errors import InputError, unknown_name
+from deltaw.core.protocols import LowRank, packed_of
 from deltaw.methods.companions import TokenRows
 from deltaw.methods.host import AdaptedSite, _forward, _uninstall, book_of, forget, sites_of
 from deltaw.methods.registry import method_of
-from deltaw.models.sites import SiteWeight, base_modules
+from deltaw.models.sites import SiteWeight, base_modules, kind_of
+from deltaw.quant.config import NF4
+from deltaw.quant.model import quantizable, quantized_parameter, quantized_sites
+from deltaw.quant.retain import OutputError, output_error, retain
+from deltaw.quant.tensor import frozen
+from deltaw.quant.weight import NF4Weight
 
 #: Elements of W that are computed at a time: a float32 temporary of 64 MiB.
 _ELEMENTS = 1 << 24
@@ -30,7 +40,43 @@ class Merged:
     tie: dict[str, bool] = field(default_factory=dict)
 
 
-def merge(model: nn.Module, *, keep_original: bool = True) -> nn.Module:
+#: What a merge may write: its names and dtypes; `nf4` besides.
+DENSE = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+MODES = ("retain", "requantize")
+
+
+@dataclass
+class MergeReport:
+    """What a merge into 4 bits cost; filled in by `merge`.
+
+    Attributes:
+        layers: each merged matrix' error.
+        mode: `retain` or `requantize`.
+        calibration_tokens: tokens that the layers' inputs were taken from; 0: errors count all inputs alike.
+    """
+
+    layers: dict[str, OutputError] = field(default_factory=dict)
+    mode: str = ""
+    calibration_tokens: int = 0
+
+
+def merge(
+    model: nn.Module,
+    *,
+    into: str | None = None,
+    mode: str = "retain",
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+    quantize: NF4 | None = None,
+    keep_original: bool = True,
+    report: MergeReport | None = None,
+) -> nn.Module:
     """Writes the active adapters' updates into the weights and takes the adapters off, in place.
 
     Where a tied weight changes on one side only (an adapter on the output head of a model whose embedding is the same
@@ -38,8 +84,16 @@ def merge(model: nn.Module, *, keep_original: bool = True) -> nn.Module:
 
     Args:
         model: a model with active adapters.
+        into: what the weights are held in afterwards: `nf4`, `bf16`, `float16` or `float32` for all of the model; None
+            means each weight as it is held now. A 4-bit base is merged as the values that it computed with in training.
+        mode: into 4 bits, `retain` (codes and scales chosen so as to keep each layer's outputs) or `requantize` (the
+            nearest codes). The result is plain NF4 either way.
+        calibration: for `retain`, keyword arguments of forward passes (`input_ids`, `attention_mask`) made of training
+            rows; their activations say which outputs count. None: from the weights alone.
+        quantize: for `into="nf4"`, which modules of a 16-bit base are quantised, and how; None means `NF4()`.
         keep_original: keeps the original parameters in memory, so that `unmerge` restores them exactly; without, the
             model is a plain one afterwards, to be saved or adapted anew.
+        report: takes what each layer's outputs lost in 4 bits.
 
     Returns:
         The same model: plain modules again, with the adapters' effect inside.
@@ -47,6 +101,7 @@ def merge(model: nn.Module, *, keep_original: bool = True) -> nn.Module:
     Raises:
         InputError: nothing is active, a method cannot be merged, or the architecture cannot be untied.
     """
+    rounding = _Rounding(model, into, mode, calibration, quantize, report if report is not None else MergeReport())
     book = book_of(model)
     if book.merged is not None:
         raise InputError("the model's adapters are merged already")
@@ -60,8 +115,9 @@ def merge(model: nn.Module, *, keep_original: bool = True) -> nn.Module:
         for path, module, site in sites_of(model):
             chosen = list(site.chosen())
             if chosen:
-                plan += _merged_parameters(path, module, site, chosen, changed)
+                plan += _merged_parameters(path, module, site, chosen, changed, rounding)
         plan += _same_biases(model, plan)
+        plan += rounding.others(plan)
         tie = _untie(model, plan)
         if tie:
             plan = _parted(model, plan)
@@ -107,6 +163,7 @@ def _merged_parameters(
     site: AdaptedSite,
     chosen: list[tuple[Any, float]],
     changed: dict[Any, nn.Parameter],
+    rounding: _Rounding,
 ) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """(owner, parameter name, new parameter) for one module."""
     plan: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -122,7 +179,7 @@ def _merged_parameters(
             # Parameters that the copy shares among its own modules go on being shared.
             shared = (value.data_ptr(), value.shape)
             if shared not in changed:
-                changed[shared] = nn.Parameter(value.to(old.dtype, copy=True), requires_grad=False)
+                changed[shared] = nn.Parameter(value.to(rounding.dtype_of(old), copy=True), requires_grad=False)
             plan.append((owner, leaf, changed[shared]))
     updates = [(part, weight) for part, weight in chosen if not part.replaces]
     with_delta = [(part, weight) for part, weight in updates if part.delta(slice(0, 1)) is not None]
@@ -135,7 +192,7 @@ def _merged_parameters(
         same = [(id(part.rows) if isinstance(part, TokenRows) else id(part), weight) for part, weight in with_delta]
         key = (id(module.weight), *same)
         if key not in changed:
-            changed[key] = nn.Parameter(_sum(site.weight, with_delta), requires_grad=False)
+            changed[key] = rounding.merged(path, module, site.weight, with_delta)
         plan.append((module, "weight", changed[key]))
     if shifts:
         bias = module._parameters.get("bias")
@@ -144,7 +201,7 @@ def _merged_parameters(
         total = bias.detach().to(_wide(bias.dtype))
         for shift, weight in shifts:
             total = total + shift.to(total.dtype) * weight
-        plan.append((module, "bias", nn.Parameter(total.to(bias.dtype), requires_grad=False)))
+        plan.append((module, "bias", nn.Parameter(total.to(rounding.dtype_of(bias)), requires_grad=False)))
     return plan
 
 
@@ -152,15 +209,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _sum(weight: SiteWeight, parts: list[tuple[Any, float]]) -> Tensor:
-    """W + sum of weighted deltas in the stored layout, computed by rows in float32."""
-    stored = weight.stored.detach()
-    new = torch.empty_like(stored)
-    target = new if weight.kind == "linear" else new.t()
+def _sums(weight: SiteWeight, parts: list[tuple[Any, float]]) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, W + sum of weighted deltas at these rows of (out, in)), in float32 or wider."""
     step = max(1, _ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = slice(start, min(start + step, weight.shape[0]))
-        total = weight.dequantize(rows, _wide(stored.dtype)).clone()
+        # The values that the model computed with: a packed weight's are rounded to its dtype first.
+        total = weight.dequantize(rows).to(_wide(weight.dtype), copy=True)
         for part, scale in parts:
             low = part.low_rank()
             if low is not None and low.out_scale is None:
@@ -169,8 +224,119 @@ def _sum(weight: SiteWeight, parts: list[tuple[Any, float]]) -> Tensor:
                 )
             else:
                 total.add_(part.delta(rows), alpha=scale)
-        target[rows] = total.to(stored.dtype)
-    return new
+        yield rows, total
+
+
+class _Rounding:
+    """What merged and other weights are rounded to."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        into: str | None,
+        mode: str,
+        calibration: Sequence[Mapping[str, Any]] | None,
+        quantize: NF4 | None,
+        report: MergeReport,
+    ) -> None:
+        if into is not None and into != "nf4" and into not in DENSE:
+            raise unknown_name("form to merge into", into, ["nf4", *DENSE])
+        if mode not in MODES:
+            raise unknown_name("mode of merging", mode, MODES)
+        self.model, self.into, self.report = model, into, report
+        self.dtype = DENSE.get(into or "")
+        self.four_bits = set(quantizable(model, quantize or NF4())) if into == "nf4" else set()
+        self.config = quantize or NF4()
+        report.mode = mode
+        sites = {path: site for path, _, site in sites_of(model) if site.active}
+        # A packed weight that is not asked to become dense is packed again.
+        packed = {path for path, _, _ in quantized_sites(model)} if self.dtype is None else set()
+        self.four_bits |= packed
+        rounded = [
+            path
+            for path, site in sites.items()
+            if path in self.four_bits and site.weight is not None and site.weight.kind != "embedding"
+        ]
+        device = next(model.parameters()).device
+        self.moments = None
+        if calibration is not None and rounded:
+            self.moments = Moments(model, rounded, on_device(calibration, device))
+
+    def dtype_of(self, parameter: Tensor) -> torch.dtype:
+        """The dtype of a dense parameter afterwards."""
+        return self.dtype or parameter.dtype
+
+    def merged(self, path: str, module: nn.Module, weight: SiteWeight, parts: list[tuple[Any, float]]) -> nn.Parameter:
+        """The parameter that holds W + the updates."""
+        if path in self.four_bits:
+            return self._packed(path, weight, parts)
+        out, columns = weight.shape
+        stored = (out, columns) if weight.kind == "linear" else (columns, out)
+        new = torch.empty(stored, dtype=self.dtype_of(weight.stored), device=weight.device)
+        target = new if weight.kind == "linear" else new.t()
+        for rows, total in _sums(weight, parts):
+            target[rows] = total.to(new.dtype)
+        return nn.Parameter(new, requires_grad=False)
+
+    def _packed(self, path: str, weight: SiteWeight, parts: list[tuple[Any, float]]) -> nn.Parameter:
+        old: Any = packed_of(weight.stored)
+        how: dict[str, Any] = {"dtype": weight.dtype, "name": f"{path}.weight"}
+        how |= dict(
+            double_quant=old.double_quant if old is not None else self.config.double_quant,
+            block_size=old.block_size if old is not None else self.config.block_size,
+        )
+        total = torch.cat([part.float() for _, part in _sums(weight, parts)])
+        if weight.kind == "embedding":
+            # What a row of an embedding outputs is the row: its nearest codes.
+            return frozen(NF4Weight.quantize(total.t(), **how))
+        H = self.moments[path] if self.moments is not None else None
+        if self.report.mode == "retain":
+            made = retain(total, H=H, base=old, low_rank=_joint(parts), **how)
+        else:
+            made = NF4Weight.quantize(total, **how)
+        update = total - weight.dequantize().float()
+        values = made.dequantize().float()
+        self.report.layers[path] = output_error(values, total, H, update=update)
+        self.report.calibration_tokens = self.moments.tokens if self.moments is not None else 0
+        return frozen(made, transposed=weight.kind == "conv1d")
+
+    def others(self, plan: list[tuple[nn.Module, str, nn.Parameter]]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """The parameters that no adapter changed, where the form of the whole model changes."""
+        if self.into is None:
+            return []
+        planned = {(id(owner), name) for owner, name, _ in plan}
+        made: dict[int, nn.Parameter] = {}
+        found = []
+        for path, module in base_modules(self.model):
+            for name, parameter in module._parameters.items():
+                if parameter is None or (id(module), name) in planned:
+                    continue
+                if id(parameter) not in made:
+                    made[id(parameter)] = self._other(path, module, name, parameter)
+                if made[id(parameter)] is not parameter:
+                    found.append((module, name, made[id(parameter)]))
+        return found
+
+    def _other(self, path: str, module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        packed = packed_of(parameter) is not None
+        if self.dtype is not None:
+            if not packed and (parameter.dtype == self.dtype or not parameter.is_floating_point()):
+                return parameter
+            values = parameter.dequantize() if packed else parameter.detach()
+            return nn.Parameter(values.to(self.dtype).contiguous(), requires_grad=False)
+        if packed or name != "weight" or path not in self.four_bits:
+            return parameter
+        return quantized_parameter(parameter, kind_of(module) == "conv1d", self.config, f"{path}.weight")
+
+
+def _joint(parts: list[tuple[Any, float]]) -> LowRank | None:
+    """The updates that are plain products, as one; their scales are in B."""
+    lows = [(low, weight) for part, weight in parts if (low := part.low_rank()) is not None]
+    if not lows:
+        return None
+    A = torch.cat([low.A.detach().float() for low, _ in lows])
+    B = torch.cat([low.B.detach().float() * (low.scale * weight) for low, weight in lows], dim=1)
+    return LowRank(A, B, 1.0)
 
 
 def _same_biases(

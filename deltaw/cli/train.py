@@ -16,17 +16,17 @@ from deltaw.cli.pages import EPILOG, Page, new_app
 from deltaw.core.configs import aliases_of
 from deltaw.core.errors import InputError
 from deltaw.methods import METHODS
-from deltaw.train.config import DEFAULT_LEARNING_RATE, TrainConfig, make_config, read_yaml
+from deltaw.train.config import DEFAULT_LEARNING_RATE, TrainConfig, expanded, make_config, read_yaml
 
 PANELS = {
     "Model and data": (
         "model data eval_data test_data held_out layout columns split skip_bad_rows task labels template chat_template "
         "label_prompt max_length pack"
     ),
-    "Method": "method adapter",
+    "Method": "method adapter quantize double_quant merge_aware",
     "Optimisation": (
         "epochs max_steps batch_size micro_batch_size learning_rate warmup_ratio schedule weight_decay max_grad_norm "
-        "seed dtype device gradient_checkpointing sharding"
+        "optimizer seed dtype device gradient_checkpointing sharding"
     ),
     "Evaluation": "eval_every early_stopping metric eval_batch_size max_new_tokens evaluate_before baselines",
     "Output": "output log_every save_every keep_checkpoints tensorboard",
@@ -115,7 +115,8 @@ def train(
 
 
 def _configuration(file: str | None, values: dict[str, Any]) -> TrainConfig:
-    keys = read_yaml(file) if file is not None else {}
+    keys = expanded(read_yaml(file) if file is not None else {})
+    values = expanded(values)
     method = values.get("method", keys.get("method", "lora"))
     foreign = [flag for flag in FLAGS if flag.name in values and flag.owners and method not in flag.owners]
     if foreign and method in METHODS:

@@ -42,6 +42,13 @@ class BaseWeight(Protocol):
         """The rows of W as a dense tensor (rows, in); all rows when None. May share memory: never write to it."""
 
 
+class AbsorbingWeight(BaseWeight, Protocol):
+    """A weight stored in few bits, which an update is rounded into."""
+
+    def absorbed(self, A: Tensor, B: Tensor, scale: float) -> BaseWeight:
+        """W + scale B A, rounded to what W is stored in: A (r, in), B (out, r)."""
+
+
 def packed_of(parameter: Any) -> BaseWeight | None:
     """The weight behind a parameter that is stored in some other way than by its values; None for a plain one.
 

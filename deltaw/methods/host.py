@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from deltaw.core.errors import InputError, unknown_name
 from deltaw.core.generators import generator
-from deltaw.core.protocols import LowRank, stored_bytes
-from deltaw.kernels.lora_linear import lora_linear
+from deltaw.core.protocols import AbsorbingWeight, LowRank, stored_bytes
+from deltaw.kernels.lora_linear import absorbed_linear, lora_linear
 from deltaw.methods.contract import Method, Placed
 from deltaw.methods.registry import method_of
 from deltaw.models.sites import SiteWeight, base_modules, fused_experts, kind_of
@@ -34,6 +34,8 @@ class AdaptedSite(nn.Module):
         super().__init__()
         self.parts = nn.ModuleDict()
         self.active: dict[str, float] = {}
+        #: Whether training computes with the update rounded into a weight of few bits (`set_merge_aware`).
+        self.merge_aware = False
         kind = kind_of(module)
         self.weight = SiteWeight(module, kind) if kind is not None else None
         # Only a module whose forward is exactly x W^T + b may be computed by the fused product.
@@ -114,6 +116,8 @@ class AdaptedSite(nn.Module):
             A = torch.cat([low.A.to(x.dtype) for low, _ in factors])
             B = torch.cat([low.B.to(x.dtype) * (low.scale * weight) for low, weight in factors], dim=1)
             scale = 1.0
+        if self.merge_aware and self.training and (packed := self.weight.packed) is not None:
+            return absorbed_linear(x, cast(AbsorbingWeight, packed), A, B, scale=scale, bias=bias)
         return lora_linear(x, self.weight, A, B, scale=scale, bias=bias, dropout=dropouts.pop())
 
 
@@ -277,6 +281,15 @@ def set_adapter(model: nn.Module, active: Active) -> None:
         for name, parts in site.parts.items():
             for parameter in parts.parameters():
                 parameter.requires_grad_(name in weights and name in book.trainable)
+
+
+def set_merge_aware(model: nn.Module, on: bool) -> None:
+    """Whether training computes, on weights of few bits, with the update merged and rounded as a merge will round it.
+
+    Takes effect on linears whose active parts are low-rank, in training mode; dropout is left out there.
+    """
+    for _, _, site in sites_of(model):
+        site.merge_aware = on
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

@@ -161,6 +161,14 @@ class NF4Weight:
         """G W in the gradient's dtype: (..., out) to (..., in)."""
         return grad @ self.dequantize(dtype=grad.dtype)
 
+    def absorbed(self, A: Tensor, B: Tensor, scale: float) -> NF4Weight:
+        """W + scale B A quantised again, in float32 arithmetic: A (r, in), B (out, r)."""
+        total = self.dequantize(dtype=torch.float32)
+        total.addmm_(B.detach().float(), A.detach().float(), alpha=scale)
+        return NF4Weight.quantize(
+            total, double_quant=self.double_quant, block_size=self.block_size, dtype=self.dtype, name="a merged weight"
+        )
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> NF4Weight:
         """On another device, or with values of another dtype; the codes are the same."""
         moved = self

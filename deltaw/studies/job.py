@@ -175,6 +175,7 @@ def load_job_model(config: TrainConfig, rows: RunRows) -> Any:
         device=device,
         labels=rows.labels if rows.task.endswith("classification") else None,
         seed=config.seed,
+        quantize=config.quantization,
     )
 
 

@@ -14,9 +14,18 @@ from deltaw.core.errors import InputError, unknown_name
 from deltaw.data import TASKS, Template
 from deltaw.methods import METHODS
 from deltaw.methods.lora import LoRA
+from deltaw.quant.config import NF4
 
 #: Learning rates that suit a method where none is given.
 DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
+
+#: Names in use for a method with a setting, and what they stand for.
+SHORTHANDS: dict[str, dict[str, Any]] = {
+    "qlora": {"method": "lora", "quantize": "nf4"},
+    "rslora": {"method": "lora", "rslora": True},
+}
+
+OPTIMIZERS = ("adamw", "paged_adamw", "paged_adamw_8bit")
 
 
 @accepts(lr="learning_rate", per_device_train_batch_size="micro_batch_size", max_seq_length="max_length")
@@ -45,9 +54,14 @@ class TrainConfig:
         label_prompt: how a text with a label is asked; holds `{text}`.
         max_length: tokens a sequence; None means 512, or the model's positions where it has fewer.
         pack: put several short rows into one sequence, without attention across them.
-        method: `lora`, `full`, ...; its own options stand beside these.
+        method: `lora`, `full`, ...; its own options stand beside these. `qlora` stands for lora with quantize nf4,
+            `rslora` for lora with rslora.
         method_config: the method's configuration.
         adapter: an adapter folder to go on from.
+        quantize: what the frozen base is held in: `none` (as `dtype` says) or `nf4` (4-bit NormalFloat).
+        double_quant: hold the 4-bit weights' scales in 8 bits: 4.127 bits a parameter instead of 4.5.
+        merge_aware: share of the steps, the last ones, in which a 4-bit base computes with the adapter merged into it
+            and quantised again, so that merging loses less.
         epochs: passes over the data.
         max_steps: optimizer steps, in place of epochs.
         batch_size: rows an optimizer step, over all processes.
@@ -57,6 +71,8 @@ class TrainConfig:
         schedule: `cosine`, `linear` or `constant`.
         weight_decay: AdamW's.
         max_grad_norm: the norm that gradients are clipped to; 0: not at all.
+        optimizer: `adamw`, or with states in host memory that visit the device for the step `paged_adamw` and
+            `paged_adamw_8bit` (states in 8 bits).
         seed: of everything that is random; a whole number from 0 to 4294967295.
         dtype: of the base: `auto` (bfloat16 where the device has it), `float32`, `bfloat16`.
         device: `auto`, `cpu`, `cuda`.
@@ -96,6 +112,9 @@ class TrainConfig:
     method: str = "lora"
     method_config: Any = field(default_factory=LoRA)
     adapter: str | None = None
+    quantize: str = "none"
+    double_quant: bool = True
+    merge_aware: float = 0.0
     epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 32
@@ -105,6 +124,7 @@ class TrainConfig:
     schedule: str = "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    optimizer: str = "adamw"
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
@@ -148,6 +168,8 @@ class TrainConfig:
             problems.append(f"learning_rate is {self.learning_rate!r}: expected a number above 0")
         if not 0 <= self.warmup_ratio < 1:
             problems.append(f"warmup_ratio is {self.warmup_ratio!r}: expected a share in [0, 1)")
+        if not 0 <= self.merge_aware <= 1:
+            problems.append(f"merge_aware is {self.merge_aware!r}: expected a share in [0, 1]")
         if self.batch_size % self.micro_batch_size:
             problems.append(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
         if problems:
@@ -155,10 +177,22 @@ class TrainConfig:
         _choice("schedule", self.schedule, ("cosine", "linear", "constant"))
         _choice("method", self.method, list(METHODS))
         _choice("sharding", self.sharding, ("none", "fsdp2"))
+        _choice("quantize", self.quantize, ("none", "nf4"))
+        _choice("optimizer", self.optimizer, OPTIMIZERS)
+        if self.quantize != "none" and METHODS[self.method].trains_base:
+            raise InputError(f"method {self.method} trains the base itself, which 4 bits freeze: leave quantize out")
+        if self.sharding != "none" and (self.quantize != "none" or self.optimizer != "adamw"):
+            what = "quantize" if self.quantize != "none" else "a paged optimizer"
+            raise InputError(f"sharding {self.sharding} does not go with {what} yet: choose one of them")
         if self.task is not None:
             _choice("task", self.task, list(TASKS))
         if self.early_stopping and self.eval_data is None and self.held_out == 0:
             raise InputError("early_stopping needs evaluation rows: give eval_data, or hold some out with held_out")
+
+    @property
+    def quantization(self) -> NF4 | None:
+        """How the base is quantised while it is read; None: not at all."""
+        return NF4(double_quant=self.double_quant) if self.quantize == "nf4" else None
 
     @property
     def rows_template(self) -> Template:
@@ -200,9 +234,10 @@ def make_config(keys: Mapping[str, Any]) -> TrainConfig:
     Raises:
         InputError: an unknown key, with near ones, or a value out of range.
     """
+    keys = expanded(keys)
     method = keys.get("method", "lora")
     if not isinstance(method, str) or method not in METHODS:
-        raise unknown_name("method", str(method), METHODS)
+        raise unknown_name("method", str(method), [*METHODS, *SHORTHANDS])
     config_type = METHODS[method].config
     own = {item.name for item in dataclasses.fields(TrainConfig)} - {"method_config"} | set(aliases_of(TrainConfig))
     theirs = {item.name for item in dataclasses.fields(config_type)} | set(aliases_of(config_type))
@@ -214,6 +249,20 @@ def make_config(keys: Mapping[str, Any]) -> TrainConfig:
         **{name: value for name, value in values.items() if name in own},
         method_config=config_type(**{name: value for name, value in values.items() if name in theirs}),
     )
+
+
+def expanded(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys with a method's shorthand written out.
+
+    Raises:
+        InputError: a key says the opposite of what the shorthand stands for.
+    """
+    name = keys.get("method")
+    meant = SHORTHANDS.get(name, {}) if isinstance(name, str) else {}
+    for key, value in meant.items():
+        if key != "method" and keys.get(key, value) != value:
+            raise InputError(f"method {name} means {key} {value!r}, and {key} is {keys[key]!r}: leave one of them out")
+    return {**keys, **meant}
 
 
 def _number(value: Any) -> Any:

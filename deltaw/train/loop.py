@@ -14,9 +14,11 @@ import torch
 
 from deltaw.core.errors import InputError, MissingExtraError
 from deltaw.core.files import explain_os_error
+from deltaw.core.protocols import packed_of
 from deltaw.data import Collator
 from deltaw.fuse.head import install_loss_head, uninstall_loss_head
 from deltaw.methods import method_of
+from deltaw.methods.host import set_merge_aware
 from deltaw.train.config import TrainConfig
 from deltaw.train.run_folder import RunFolder, peak_memory_bytes
 from deltaw.train.sharding import shard
@@ -117,6 +119,8 @@ def fit(
                 say=say,
                 keep_checkpoints=config.keep_checkpoints,
                 autocast=whole and config.dtype == "auto" and _autocasts(device),
+                optimizer_name=config.optimizer,
+                merge_aware=config.merge_aware,
                 callbacks=_callbacks(config, run, evaluate is not None, step),
             )
             if resume:
@@ -148,9 +152,16 @@ def _prepared(model: Any, config: TrainConfig, task: str, say: Callable[[str], N
     if config.gradient_checkpointing:
         _checkpointing(model, on=True)
     caches = getattr(model.config, "use_cache", None)
+    packed = [name for name, parameter in model.named_parameters() if packed_of(parameter) is not None]
+    if config.merge_aware and not packed:
+        raise InputError("merge_aware trains through 4-bit weights, and the base has none: give quantize nf4")
+    # DDP would broadcast every parameter first, and 4-bit ones are no plain tensors. All processes read the same.
+    model._ddp_params_and_buffers_to_ignore = packed
     try:
         yield
     finally:
+        del model._ddp_params_and_buffers_to_ignore
+        set_merge_aware(model, False)
         uninstall_loss_head(model)
         if config.gradient_checkpointing:
             _checkpointing(model, on=False)

@@ -22,7 +22,8 @@ from deltaw.core.errors import InputError, RunError
 from deltaw.core.files import sync_folder
 from deltaw.data.encode import IGNORED
 from deltaw.methods import adapter_parameters
-from deltaw.methods.host import active_method
+from deltaw.methods.host import active_method, set_merge_aware
+from deltaw.quant.paged import PagedAdamW, paged_optimizer
 from deltaw.train.order import StepOrder
 from deltaw.train.run_folder import RunFolder
 from deltaw.train.sharding import (
@@ -48,6 +49,8 @@ class DeltawTrainer(transformers.Trainer):
         say: takes a line of progress.
         keep_checkpoints: how many to keep besides the best.
         autocast: whether to compute in bfloat16 with weights in float32.
+        optimizer_name: `adamw`, or one of the paged ones.
+        merge_aware: share of the steps, the last ones, that train through the merged and rounded weights.
     """
 
     #: The loss is divided by the tokens of the whole step, not once more by the number of its micro-batches.
@@ -62,6 +65,8 @@ class DeltawTrainer(transformers.Trainer):
         say: Callable[[str], None],
         keep_checkpoints: int,
         autocast: bool,
+        optimizer_name: str = "adamw",
+        merge_aware: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self.adapter = adapter
@@ -70,6 +75,8 @@ class DeltawTrainer(transformers.Trainer):
         self.say = say
         self.keep_checkpoints = keep_checkpoints
         self.autocast = autocast
+        self.optimizer_name = optimizer_name
+        self.merge_aware = merge_aware
         self.whole_model = active_method(kwargs["model"], adapter).trains_base
         super().__init__(*args, **kwargs)
         self.remove_callback(transformers.PrinterCallback)
@@ -94,6 +101,30 @@ class DeltawTrainer(transformers.Trainer):
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not is_sharded(model):
             super()._move_model_to_device(model, device)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's own, or AdamW with its states in host memory, which says where they are."""
+        if self.optimizer_name != "adamw" and self.optimizer is None:
+            whole: Any = self.accelerator.unwrap_model(model or self.model)
+            trained = adapter_parameters(whole, self.adapter)
+            decayed = set(self.get_decay_parameter_names(whole))
+            groups = [
+                {"params": [p for name, p in trained.items() if (name in decayed) == on], "weight_decay": decay}
+                for on, decay in ((True, self.args.weight_decay), (False, 0.0))
+            ]
+            self.optimizer, line = paged_optimizer(
+                self.optimizer_name,
+                [group for group in groups if group["params"]],
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                # The two backends' states are no use to each other: a resumed run keeps its own.
+                backend=self.run_folder.record.get("optimizer_backend", "auto"),
+            )
+            own = isinstance(self.optimizer, PagedAdamW)
+            self.run_folder.record["optimizer_backend"] = "own" if own else "bitsandbytes"
+            self.say(line)
+        return super().create_optimizer(model)
 
     # One step.
 
@@ -374,6 +405,12 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
         epoch = self.trainer.order.epoch = int(state.epoch or 0)
         if hasattr(collator, "set_epoch"):
             collator.set_epoch(epoch)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        share = self.trainer.merge_aware
+        if share:
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            set_merge_aware(model, state.global_step >= round((1 - share) * state.max_steps))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_finite()
