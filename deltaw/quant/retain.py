@@ -36,6 +36,8 @@ from deltaw.quant.weight import NF4Weight, nested_scales
 COLUMNS = 64
 #: Tokens that are brought to the moment's precision at once.
 TOKENS = 8192
+#: In the place of a scale of 0.
+LEAST = 1e-30
 FACTORS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.86, 0.82)
 
 
@@ -141,7 +143,7 @@ def retain(
     low_rank: LowRank | None = None,
     emphasis: float = 1.0,
     damp: float = 1e-3,
-    sweeps: int = 4,
+    sweeps: int = 3,
     double_quant: bool | None = None,
     block_size: int | None = None,
     dtype: torch.dtype | None = None,
@@ -215,6 +217,7 @@ class _Grid:
         self.q = scales.q.clone() if isinstance(scales, NestedScales) else None
         self.absmax = scales.values() if isinstance(scales, NestedScales) else scales.clone()
         self.code = nf4_code(self.absmax.device)
+        self.between = (self.code[:-1] + self.code[1:]) / 2
         self.shape, self.block_size, self.dtype = shape, block_size, dtype
 
     @classmethod
@@ -229,7 +232,7 @@ class _Grid:
         code = nf4_code(T.device)
 
         def errors(scale: Tensor) -> Tensor:
-            rounded = code[nearest(blocks / scale.clamp(min=1e-30).unsqueeze(1), code)] * scale.unsqueeze(1)
+            rounded = code[nearest(blocks / scale.clamp(min=LEAST).unsqueeze(1), code)] * scale.unsqueeze(1)
             return (weights * (rounded.to(dtype).float() - blocks).square()).sum(1)
 
         absmax = blocks.abs().amax(1)
@@ -260,19 +263,16 @@ class _Grid:
         return self.absmax.repeat_interleave(self.block_size)[: rows * columns].view(rows, columns).T.contiguous()
 
     def values(self, q: Tensor, scale: Tensor) -> Tensor:
-        """What codes and scales are worth, as computed with."""
-        exact = self.code[q.int()] * scale
+        """What codes (int32) and scales are worth, as computed with."""
+        exact = (self.code[q] if q.dim() > 1 else self.code.index_select(0, q)).mul_(scale)
         return exact if self.dtype == torch.float32 else exact.to(self.dtype).float()
-
-    def nearest_codes(self, want: Tensor, scale: Tensor) -> Tensor:
-        return nearest(want / scale.clamp(min=1e-30), self.code)
 
     def nearest_scales(self, index: Tensor, want: Tensor) -> tuple[Tensor, Tensor | None]:
         """The scales that exist nearest to those wanted for some blocks, and their 8-bit indices."""
         if self.nested is None:
             return want, None
         size = self.nested.absmax[index // NESTED_BLOCK]
-        q = nearest((want - self.nested.offset) / size.clamp(min=1e-30), self.nested.code)
+        q = nearest((want - self.nested.offset) / size.clamp(min=LEAST), self.nested.code)
         return self.nested.code[q] * size + self.nested.offset, q.to(torch.uint8)
 
     def move(self, index: Tensor, scale: Tensor, q: Tensor | None) -> None:
@@ -292,59 +292,59 @@ def _factor(M: Tensor) -> tuple[Tensor, Tensor]:
     """
     schur, size = M.double(), len(M)
     rows = torch.zeros_like(schur)
-    left = schur.diagonal().clone()
-    least = left.max() * 1e-14
-    alive = torch.ones_like(left)
+    least = schur.diagonal().max() * 1e-14
     order = torch.empty(size, dtype=torch.long, device=M.device)
+    live = torch.arange(size, device=M.device)
     for start in range(0, size, COLUMNS):
-        block = rows[start : start + COLUMNS]
+        block = schur.new_zeros(min(COLUMNS, size - start), len(live))
+        left, alive = schur.diagonal().clone(), torch.ones_like(live, dtype=torch.bool)
         for k in range(len(block)):
             pivot = left.argmin()
             row = (schur[pivot] - block[:k, pivot] @ block[:k]) * alive
             block[k] = row / row[pivot].clamp(min=least).sqrt()
-            order[start + k] = pivot
-            alive[pivot] = 0
-            left = torch.where(alive > 0, left - block[k].square(), torch.inf)
-        schur = torch.addmm(schur, block.T, block, alpha=-1)
+            order[start + k] = live[pivot]
+            alive[pivot] = False
+            left = (left - block[k].square()).masked_fill_(~alive, torch.inf)
+        rows[start : start + len(block), live] = block
+        live, block = live[alive], block[:, alive]
+        schur = torch.addmm(schur[alive][:, alive], block.T, block, alpha=-1)
     rows = rows[:, order]
     return order, (rows / rows.diagonal().unsqueeze(1)).T.float().contiguous()
 
 
 def _round(T: Tensor, M: Tensor, grid: _Grid) -> Tensor:
-    """Codes (in, out), each column rounded so as to put right what those before it lost."""
+    """Codes (in, out), int32, each column rounded so as to put right what those before it lost."""
     order, L = _factor(M)
     target, scale = T.T[order], grid.dense()[order]
-    E = torch.empty_like(target)
-    q = torch.empty_like(target, dtype=torch.uint8)
+    inverse = 1 / scale.clamp(min=LEAST)
+    E, q = torch.empty_like(target), torch.empty_like(target, dtype=torch.int32)
     for stop in range(len(target), 0, -COLUMNS):
         start = max(stop - COLUMNS, 0)
         want = target[start:stop] - L[stop:, start:stop].T @ E[stop:]
         for k in range(stop - 1, start - 1, -1):
-            q[k] = grid.nearest_codes(want[k - start], scale[k])
-            E[k] = grid.values(q[k], scale[k]) - target[k]
-            want[: k - start] -= torch.outer(L[k, start:k], E[k])
+            q[k] = code = torch.bucketize(want[k - start] * inverse[k], grid.between, out_int32=True)
+            E[k] = error = grid.values(code, scale[k]) - target[k]
+            want[: k - start].addr_(L[k, start:k], error, alpha=-1)
     return torch.empty_like(q).index_copy_(0, order, q)
 
 
 def _sweep_codes(q: Tensor, T: Tensor, M: Tensor, grid: _Grid) -> int:
     """Sets every code to its best given the others, column by column, in place; returns how many moved."""
     scale = grid.dense()
+    inverse = 1 / scale.clamp(min=LEAST)
     W = grid.values(q, scale)
     R = M @ (W - T.T)
-    moved = torch.zeros((), dtype=torch.long, device=T.device)
+    before, curvature = q.clone(), M.diagonal().tolist()
     for start in range(0, len(M), COLUMNS):
         stop = min(start + COLUMNS, len(M))
-        near, delta = R[start:stop], torch.zeros_like(R[start:stop])
+        near, delta = R[start:stop], torch.empty_like(R[start:stop])
         for k in range(start, stop):
-            code = grid.nearest_codes(W[k] - near[k - start] / M[k, k], scale[k])
-            step = grid.values(code, scale[k]) - W[k]
-            better = step * (2 * near[k - start] + M[k, k] * step) < 0
-            delta[k - start] = step * better
-            q[k] = torch.where(better, code, q[k]).to(torch.uint8)
-            near += torch.outer(M[start:stop, k], delta[k - start])
-            moved += better.sum()
+            want = torch.add(W[k], near[k - start], alpha=-1 / curvature[k]).mul_(inverse[k])
+            q[k] = code = torch.bucketize(want, grid.between, out_int32=True)
+            delta[k - start] = step = grid.values(code, scale[k]).sub_(W[k])
+            near[k - start + 1 :].addr_(M[k, k + 1 : stop], step)
         R[stop:] += M[stop:, start:stop] @ delta
-    return int(moved)
+    return int((q != before).sum())
 
 
 def _sweep_scales(q: Tensor, T: Tensor, M: Tensor, grid: _Grid) -> int:
@@ -363,8 +363,8 @@ def _sweep_scales(q: Tensor, T: Tensor, M: Tensor, grid: _Grid) -> int:
             stop = start + size
             index = (rows * columns + start) // size
             codes, near, here = q[start:stop, rows], R[start:stop, rows], M[start:stop, start:stop]
-            unit = grid.code[codes.int()]
-            want = grid.absmax[index] - (unit * near).sum(0) / (unit * (here @ unit)).sum(0).clamp(min=1e-30)
+            unit = grid.code[codes]
+            want = grid.absmax[index] - (unit * near).sum(0) / (unit * (here @ unit)).sum(0).clamp(min=LEAST)
             scale, q8 = grid.nearest_scales(index, want)
             step = grid.values(codes, scale) - W[start:stop, rows]
             better = ((step * (2 * near + here @ step)).sum(0) < 0) & (scale > 0)
