@@ -7,7 +7,7 @@ Any other operation that only reads it gets the dequantised matrix; one that wou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
+from deltaw.kernels.nf4 import NestedScales
 from deltaw.quant.weight import NF4Weight
 
 _aten = torch.ops.aten
@@ -92,9 +93,17 @@ class NF4Tensor(torch.Tensor):
         own = _OPERATIONS.get(func)
         if own is not None and isinstance(args[0], NF4Tensor):
             return own(func, *args, **kwargs)
-        if func._schema.is_mutable and any(isinstance(a, NF4Tensor) for a in args[:1]):
+        if func._schema.is_mutable and any(isinstance(a, NF4Tensor) for a in _written(func, args, kwargs)):
             raise NotImplementedError(f"{func} would write into a 4-bit weight, which is frozen: dequantise it first")
         return func(*tree_map(dense, args), **tree_map(dense, kwargs))
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    """The arguments that an operation writes to."""
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            yield from value if isinstance(value, (list, tuple)) else [value]
 
 
 def dense(value: Any) -> Any:
@@ -123,7 +132,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = ctx.weight.t_matmul(grad) if ctx.forwards else ctx.weight.matmul(grad)
         if ctx.needs_input_grad[1]:
-            db = grad.flatten(0, -2).sum(0)
+            db = grad.reshape(-1, grad.shape[-1]).sum(0)
         return dx, db, None, None
 
 
@@ -136,39 +145,58 @@ def _product(x: Tensor, weight: NF4Tensor, bias: Tensor | None, *, forwards: boo
     return made
 
 
-def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
-    if not isinstance(weight, NF4Tensor) or isinstance(x, NF4Tensor):
+# Arguments have torch's names, since they may be given by name.
+
+
+def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, NF4Tensor) or isinstance(input, NF4Tensor):
         return NotImplemented
-    return _product(x, weight, bias, forwards=True)
+    return _product(input, weight, bias, forwards=True)
 
 
-def _matmul(x: Any, other: Any) -> Any:
-    if isinstance(x, NF4Tensor) or not isinstance(other, NF4Tensor) or x.dim() < 2:
+def _matmul(input: Any, other: Any = None, *, mat2: Any = None, out: Any = None) -> Any:
+    other = mat2 if other is None else other
+    if isinstance(input, NF4Tensor) or not isinstance(other, NF4Tensor) or input.dim() < 2 or out is not None:
         return NotImplemented
-    return _product(x, other, None, forwards=False)
+    return _product(input, other, None, forwards=False)
 
 
-def _addmm(bias: Any, x: Any, other: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    plain = isinstance(x, Tensor) and not isinstance(x, NF4Tensor) and not isinstance(bias, NF4Tensor)
-    if not plain or not isinstance(other, NF4Tensor) or bias.dim() != 1 or beta != 1 or alpha != 1:
+def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Any:
+    plain = isinstance(mat1, Tensor) and not isinstance(mat1, NF4Tensor) and not isinstance(input, NF4Tensor)
+    if not plain or not isinstance(mat2, NF4Tensor) or input.dim() != 1 or (beta, alpha, out) != (1, 1, None):
         return NotImplemented
-    return _product(x, other, bias, forwards=False)
+    return _product(mat1, mat2, input, forwards=False)
 
 
-def _embedding(ids: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+def _embedding(
+    input: Any, weight: Any, padding_idx: Any = None, max_norm: float | None = None, *args: Any, **kwargs: Any
+) -> Any:
     if not isinstance(weight, NF4Tensor) or weight.transposed:
         return NotImplemented
     # Padding and frequency matter to the gradient alone, and there is none; a maximal norm would rewrite the weight.
-    max_norm = kwargs.get("max_norm", args[1] if len(args) > 1 else None)
     if max_norm is not None:
         raise NotImplementedError("an embedding with max_norm rewrites its weight, which is frozen in 4 bits")
-    return weight.packed.take(ids)
+    if input.is_cpu and input.numel() and not 0 <= int(input.min()) <= int(input.max()) < len(weight):
+        raise IndexError(f"got ids from {int(input.min())} to {int(input.max())}: expected 0 to {len(weight) - 1}")
+    return weight.packed.take(input)
 
 
-def _transpose(weight: Any, *dims: int) -> Any:
-    if sorted(d % 2 for d in dims) not in ([], [0, 1]):
+def _transpose(input: Any, dim0: int = 0, dim1: int = 1) -> Any:
+    if {dim0 % 2, dim1 % 2} != {0, 1}:
         return NotImplemented
-    return NF4Tensor(weight.packed, not weight.transposed)
+    return NF4Tensor(input.packed, not input.transposed)
+
+
+def _set_item(weight: Any, *args: Any) -> Any:
+    if not isinstance(weight, NF4Tensor):
+        return NotImplemented
+    raise NotImplementedError("a 4-bit weight is frozen: dequantise it to change values")
+
+
+def _share_memory(weight: NF4Tensor) -> NF4Tensor:
+    for inner in weight.packed.tensors().values():
+        inner.share_memory_()
+    return weight
 
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
@@ -185,6 +213,8 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     Tensor.transpose: _transpose,
     torch.transpose: _transpose,
     Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
+    Tensor.__setitem__: _set_item,
+    Tensor.share_memory_: _share_memory,
 }
 
 
@@ -200,18 +230,24 @@ def _clone(func: Any, weight: NF4Tensor, *args: Any, **kwargs: Any) -> NF4Tensor
     return NF4Tensor(packed.with_tensors({n: t.clone() for n, t in packed.tensors().items()}), weight.transposed)
 
 
-def _to(func: Any, weight: NF4Tensor, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> NF4Tensor:
+def _to(func: Any, weight: NF4Tensor, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> Tensor:
+    if dtype is not None and not dtype.is_floating_point:
+        return weight.dequantize().to(device=device, dtype=dtype)
     return NF4Tensor(weight.packed.to(device, dtype), weight.transposed)
 
 
 def _copy(func: Any, weight: NF4Tensor, source: Any, *args: Any, **kwargs: Any) -> NF4Tensor:
-    same = isinstance(source, NF4Tensor) and source.transposed == weight.transposed
-    if not same or source.packed.double_quant != weight.packed.double_quant or source.shape != weight.shape:
+    if not isinstance(source, NF4Tensor) or _kind(source) != _kind(weight):
         raise NotImplementedError(f"a 4-bit weight takes the values of one of its own kind, not of {source!r:.80}")
     for name, inner in source.packed.tensors().items():
         if name != "nested_code":
             weight.packed.tensors()[name].copy_(inner)
     return weight
+
+
+def _kind(weight: NF4Tensor) -> Any:
+    packed = weight.packed
+    return packed.shape, weight.transposed, packed.block_size, packed.double_quant
 
 
 _OPERATIONS: dict[Any, Callable[..., Any]] = {
@@ -221,6 +257,10 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     _aten.clone.default: _clone,
     _aten._to_copy.default: _to,
 }
+
+
+# What `torch.save` wrote of these, `torch.load` reads again without being told to trust the file.
+torch.serialization.add_safe_globals([NF4Tensor, NF4Weight, NestedScales])
 
 
 def frozen(packed: NF4Weight, *, transposed: bool = False) -> nn.Parameter:

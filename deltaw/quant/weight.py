@@ -59,8 +59,10 @@ class NF4Weight:
             name: for the error.
 
         Raises:
-            InputError: a NaN or an infinity in W.
+            InputError: W is no matrix, or holds a NaN or an infinity.
         """
+        if W.dim() != 2:
+            raise InputError(f"cannot quantise {name} of shape {tuple(W.shape)}: expected a matrix (out, in)")
         codes, absmax = quantize_4bit(W.detach(), nf4_code(W.device), block_size=block_size)
         if not bool(torch.isfinite(absmax).all()):
             bad = int((~torch.isfinite(W)).sum())
@@ -162,8 +164,8 @@ class NF4Weight:
         return grad @ self.dequantize(dtype=grad.dtype)
 
     def absorbed(self, A: Tensor, B: Tensor, scale: float) -> NF4Weight:
-        """W + scale B A quantised again, in float32 arithmetic: A (r, in), B (out, r)."""
-        total = self.dequantize(dtype=torch.float32)
+        """W + scale B A quantised again, in float32 arithmetic: A (r, in), B (out, r). W as it is computed with."""
+        total = self.dequantize().float()
         total.addmm_(B.detach().float(), A.detach().float(), alpha=scale)
         return NF4Weight.quantize(
             total, double_quant=self.double_quant, block_size=self.block_size, dtype=self.dtype, name="a merged weight"
