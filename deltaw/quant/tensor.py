@@ -107,8 +107,8 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
 
 
 def dense(value: Any) -> Any:
-    """The dense matrix of an `NF4Tensor`; any other value as it is."""
-    return value.dequantize() if isinstance(value, NF4Tensor) else value
+    """The dense matrix of an `NF4Tensor`, laid out as its strides say; any other value as it is."""
+    return value.dequantize().contiguous() if isinstance(value, NF4Tensor) else value
 
 
 # Products, below which autograd sees one function.
