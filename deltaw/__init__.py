@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "LoRA": "deltaw.methods",
+    "NF4": "deltaw.quant",
+    "quantize_model": "deltaw.quant",
     "Full": "deltaw.methods",
     "adapt": "deltaw.methods",
     "adapter_names": "deltaw.methods",
@@ -25,6 +27,7 @@ _PUBLIC = {
     "load_model": "deltaw.checkpoint",
     "load_tokenizer": "deltaw.checkpoint",
     "merge": "deltaw.checkpoint",
+    "MergeReport": "deltaw.checkpoint",
     "save_adapter": "deltaw.checkpoint",
     "save_adapters": "deltaw.checkpoint",
     "save_model": "deltaw.checkpoint",
@@ -37,10 +40,12 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "NF4",
     "DeltawError",
     "Full",
     "InputError",
     "LoRA",
+    "MergeReport",
     "RunError",
     "TrainConfig",
     "__version__",
@@ -53,6 +58,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "merge",
+    "quantize_model",
     "run_training",
     "save_adapter",
     "save_adapters",
@@ -65,6 +71,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from deltaw.checkpoint import (
+        MergeReport,
         load_adapter,
         load_adapters,
         load_model,
@@ -87,6 +94,7 @@ if TYPE_CHECKING:
         summary,
         unload,
     )
+    from deltaw.quant import NF4, quantize_model
     from deltaw.studies.job import run_training
     from deltaw.train import TrainConfig
 

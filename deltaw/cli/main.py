@@ -28,6 +28,8 @@ COMMANDS = {
     "train": "Train an adapter (or the whole model) on your rows, measured before and after.",
     "evaluate": "Measure a run, a model or an adapter on held-out rows.",
     "merge": "Write adapters into the weights of their base: a folder that plain transformers loads.",
+    "quantize": "Write a model in 4 bits (NF4): a folder that transformers with bitsandbytes loads, and deltaw.",
+    "export": "Write a run for transformers, vLLM or bitsandbytes.",
     "report": "Write a run's report.html again.",
     "models": "List the models that come with deltaw, and the modules that targets would adapt.",
 }

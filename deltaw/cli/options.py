@@ -260,7 +260,7 @@ def _value(flag: Flag, option: str, value: Any) -> Any:
     if flag.kind == "text":
         return value.replace("\\n", "\n") if flag.name in _ESCAPED else value
     if flag.kind in ("int", "float", "number"):
-        return _number(option, value, flag.kind)
+        return typed_number(option, value, flag.kind)
     entries = [part.strip() for text in value for part in split_commas(text)]
     if flag.kind == "rows" and not any("=" in entry for entry in entries):
         return [_item(option, entry, flag.item) for entry in entries]
@@ -286,10 +286,11 @@ def split_commas(text: str) -> list[str]:
 
 
 def _item(option: str, text: str, kind: type) -> Any:
-    return text if kind is str else _number(option, text, "int" if kind is int else "float")
+    return text if kind is str else typed_number(option, text, "int" if kind is int else "float")
 
 
-def _number(option: str, text: str, kind: str) -> int | float:
+def typed_number(option: str, text: str, kind: str) -> int | float:
+    """A typed number; `kind` is `int`, `float` or `number`, which is either."""
     try:
         if kind == "int" or (kind == "number" and re.fullmatch(r"[+-]?\d+", text)):
             return int(text)

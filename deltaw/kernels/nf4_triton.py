@@ -9,8 +9,6 @@ Programs take whole blocks: the scales are then one load for a block and not one
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton  # type: ignore[import-untyped,import-not-found]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found]
@@ -22,22 +20,23 @@ from deltaw.kernels.nf4 import NESTED_BLOCK, SMALLEST_DIVISOR, NestedScales
 TILE = 8192
 
 
+# The kernels' arguments carry no annotations: the compiler would look up their names.
 @triton.jit  # type: ignore[untyped-decorator]
-def _dequantize_kernel(
-    codes: Any,
-    code: Any,
-    absmax: Any,
-    map8: Any,
-    absmax2: Any,
-    offset: Any,
-    out: Any,
-    start: Any,
-    stop: Any,
+def _dequantize_kernel(  # type: ignore[no-untyped-def]
+    codes,
+    code,
+    absmax,
+    map8,
+    absmax2,
+    offset,
+    out,
+    start,
+    stop,
     BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NESTED: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
-) -> None:
+):
     block = start // BLOCK_SIZE + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     live = block * BLOCK_SIZE < stop
     scale = tl.load(absmax + block, mask=live, other=0)
@@ -57,16 +56,16 @@ def _dequantize_kernel(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _quantize_kernel(
-    x: Any,
-    code: Any,
-    codes: Any,
-    absmax: Any,
-    count: Any,
-    smallest: Any,
+def _quantize_kernel(  # type: ignore[no-untyped-def]
+    x,
+    code,
+    codes,
+    absmax,
+    count,
+    smallest,
     BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-) -> None:
+):
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     values = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)

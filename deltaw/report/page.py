@@ -417,6 +417,7 @@ def setup_section(found: RunFolder) -> Html | None:
     rows = [
         [f"Model: {label(key).lower()}", format_count(value) if number(value) is not None else plain(value)]
         for key, value in model.items()
+        if key not in ("weights_bytes", "four_bit_parameters", "four_bit_bits")
     ]
     for name, key, write in (
         ("Trainable parameters", "trainable_parameters", format_count),

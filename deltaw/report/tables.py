@@ -249,8 +249,8 @@ def metrics_table(run: dict[str, Any]) -> Table:
 
 
 def headline(run: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What the run cost, as (label, value, note): trainable parameters, time, tokens/s, peak memory, adapter size."""
-    method, cost = part(run, "method"), part(run, "cost")
+    """What the run cost, as (label, value, note): parameters, time, tokens/s, memory, sizes of base and adapter."""
+    method, cost, model = part(run, "method"), part(run, "cost"), part(run, "model")
     trainable, total = number(method.get("trainable_parameters")), number(method.get("total_parameters"))
     share = number(method.get("share"))
     if share is None and trainable is not None and total:
@@ -267,9 +267,15 @@ def headline(run: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("Training time", format_seconds(cost.get("train_s")), steps),
         ("Tokens per second", format_value("tokens_per_s", cost.get("tokens_per_s")), ""),
         ("Peak memory", format_bytes(cost.get("peak_memory_bytes")), plain(part(run, "device").get("type", ""))),
+        ("Base weights", format_bytes(model.get("weights_bytes")), _bits(model)),
         ("Adapter size", format_bytes(size), "on disk"),
     ]
     return [(name, value, "" if note == MISSING else note) for name, value, note in tiles if value != MISSING]
+
+
+def _bits(model: dict[str, Any]) -> str:
+    bits, held = number(model.get("four_bit_bits")), number(model.get("four_bit_parameters"))
+    return "" if bits is None else f"{format_short(held)} parameters in {bits:.3f} bits each"
 
 
 def cost_table(run: dict[str, Any]) -> Table:

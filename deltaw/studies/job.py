@@ -15,6 +15,7 @@ import torch
 from deltaw.checkpoint import load_adapter, load_model, load_tokenizer, save_adapter, save_model
 from deltaw.checkpoint.adapters import adapter_state, write_state
 from deltaw.checkpoint.model_files import ModelFacts, model_facts
+from deltaw.checkpoint.quantized import quantized_bytes
 from deltaw.core.configs import to_plain
 from deltaw.core.errors import DeltawError, InputError
 from deltaw.core.files import atomic_folder
@@ -330,6 +331,8 @@ def _describe(
             "class": type(model).__name__,
             "parameters": sites.base_parameters,
             "tied": head is not None and head.weight is model.get_input_embeddings().weight,
+            "weights_bytes": sites.base_bytes,
+            **_four_bits(model),
         },
         data=data,
         method={
@@ -352,6 +355,12 @@ def _describe(
             "adapter_bytes": sites.adapter_bytes,
         },
     )
+
+
+def _four_bits(model: Any) -> dict[str, Any]:
+    """What `run.json` says of a base held in 4 bits; {} for others."""
+    held = quantized_bytes(model)
+    return {"four_bit_parameters": held.parameters, "four_bit_bits": round(held.bits, 4)} if held.parameters else {}
 
 
 def _before(

@@ -16,14 +16,17 @@ import torch
 
 from deltaw.checkpoint import load_adapter, load_model, load_tokenizer, merge, save_model
 from deltaw.checkpoint.adapters import CONFIG_FILE
+from deltaw.checkpoint.merging import DENSE, MergeReport
 from deltaw.checkpoint.model_files import model_facts, pick_dtype
-from deltaw.core.errors import DeltawError, InputError
-from deltaw.core.files import sha256_file
+from deltaw.core.errors import DeltawError, InputError, unknown_name
+from deltaw.core.files import sha256_file, write_json
+from deltaw.core.generators import generator
 from deltaw.data import RowSet
 from deltaw.evaluate.task import Evaluation
 from deltaw.methods import Full, set_adapter, summary
 from deltaw.models.sources import resolve
-from deltaw.studies.job import evaluator_for, load_job_model, resolved
+from deltaw.quant import NF4
+from deltaw.studies.job import evaluator_for, length_of, load_job_model, resolved
 from deltaw.studies.rows import RunRows, rows_record, run_rows
 from deltaw.train import RunFolder, TrainConfig
 from deltaw.train.config import make_config, read_yaml
@@ -290,9 +293,18 @@ def merge_into(
     task: str | None = None,
     labels: Sequence[str] | None = None,
     dtype: str | None = None,
+    into: str | None = None,
+    mode: str = "retain",
+    calibrate: int = 256,
+    measure: bool = True,
+    quantize: str | None = None,
+    device: str = "auto",
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Writes a model with adapters merged into its weights, as a folder that plain transformers loads.
+
+    Where 4 bits are involved, what was learnt is measured before and after: retention is (merged - base) / (adapter -
+    base) of each metric on held-out rows.
 
     Args:
         output: the folder to write: new, or empty.
@@ -301,10 +313,17 @@ def merge_into(
         task: what the model is for; None means what the run or the adapter says, else language modelling.
         labels: names of the classes of a classification model; None means the run's or the model's.
         dtype: `float32`, `bfloat16` or `float16`; None means the one that the base is stored in.
+        into: `nf4`, `bf16`, `float16` or `float32`; None means `dtype`, in which a 4-bit base is written out too.
+        mode: into 4 bits, `retain` or `requantize`, as for `dw.merge`.
+        calibrate: rows of the run's training set that `retain` looks at; 0: it goes by the weights alone.
+        measure: whether to measure retention, where 4 bits are involved and the run held rows out.
+        quantize: `nf4` for a base that the adapters were trained on in 4 bits; None means as in their run.
+        device: where to compute: `auto`, `cpu`, `cuda`.
         say: takes lines of progress.
 
     Returns:
-        What was merged: model, dtype, adapters (with sites and parameters), output, bytes.
+        What was merged: model, dtype, into, adapters (with sites and parameters), output, bytes; with 4 bits also
+        `mode`, `layers` (each one's errors) and, where measured, `metrics` and `retention`.
 
     Raises:
         InputError: a folder that is not empty, a run without an adapter, adapters of different bases.
@@ -314,6 +333,12 @@ def merge_into(
         raise InputError(
             f"{folder} {'is not empty' if folder.is_dir() else 'is a file'}: choose a new folder as output"
         )
+    if into is not None and into != "nf4" and into not in DENSE:
+        raise unknown_name("form to merge into", into, ["nf4", *DENSE])
+    if quantize not in (None, "none", "nf4"):
+        raise unknown_name("quantisation", quantize, ["none", "nf4"])
+    if calibrate < 0:
+        raise InputError(f"calibrate is {calibrate}: expected a number of rows, or 0 for none")
     runs = [open_run(run) for path, _ in adapters if (run := run_of_adapter(path) or _finished(path)) is not None]
     whole = next((run for run in runs if run.adapter is None), None)
     if whole is not None:
@@ -322,11 +347,14 @@ def merge_into(
         )
     source = _one_base(model, runs, adapters)
     task, names = _merged_task(source, task, labels, runs, adapters)
-    kept = stored_dtype(source) if dtype is None else pick_dtype(dtype, torch.device("cpu"))
-    say(f"loading {source} in {_name(kept)}")
+    base = _base_quantization(runs, quantize)
+    four_bits = base is not None or into == "nf4" or is_4bit_folder(source)
+    kept = _kept_dtype(source, dtype, into, runs, four_bits)
+    say(f"loading {source} in {_name(kept)}" + (", in 4 bits" if base is not None else ""))
     # What a task's class has beyond the base's weights was drawn from the run's seed.
     seed = runs[0].config.seed if runs else 0
-    loaded = load_model(source, task=task, dtype=kept, device="cpu", labels=names, seed=seed)
+    place = device if four_bits else "cpu"
+    loaded = load_model(source, task=task, dtype=kept, device=place, labels=names, seed=seed, quantize=base)
     weights = {}
     merged = []
     for number, (path, weight) in enumerate(adapters, 1):
@@ -337,19 +365,140 @@ def merge_into(
         merged.append(
             {"path": path, "weight": weight, "sites": len(found.sites), "parameters": found.trainable_parameters}
         )
+    study = _Retention(runs, source, say) if four_bits and (measure or calibrate) else None
+    metrics: dict[str, Any] = {}
+    if study is not None and measure:
+        metrics |= study.measured("base", loaded, active=None)
     set_adapter(loaded, weights)
-    say(f"merging {len(adapters)} adapter{'s' if len(adapters) > 1 else ''} in float32")
-    merge(loaded, keep_original=False)
+    if study is not None and measure:
+        metrics |= study.measured("adapter", loaded, active=weights)
+    say(f"merging {len(adapters)} adapter{'s' if len(adapters) > 1 else ''}" + (" in float32" if not four_bits else ""))
+    report = MergeReport()
+    target = into or (_name(kept) if four_bits else None)
+    batches = study.batches(calibrate) if study is not None and into == "nf4" and mode == "retain" else None
+    merge(loaded, into=target, mode=mode, calibration=batches, keep_original=False, report=report)
+    if study is not None and measure:
+        metrics |= study.measured("merged", loaded, active=None)
     save_model(loaded, folder, tokenizer=load_tokenizer(source))
-    return {
+    done: dict[str, Any] = {
         "model": source,
         "class": type(loaded).__name__,
         "task": task,
         "dtype": _name(kept),
+        "into": "nf4" if into == "nf4" else _name(DENSE[into] if into else kept),
         "adapters": merged,
         "output": str(folder),
         "output_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
     }
+    if report.layers:
+        done |= {
+            "mode": report.mode,
+            "calibration_tokens": report.calibration_tokens,
+            "layers": {path: dataclasses.asdict(error) for path, error in report.layers.items()},
+        }
+    if metrics:
+        done |= {"metrics": metrics, "retention": retention(metrics)}
+    if four_bits:
+        write_json(folder / "deltaw_merge.json", done)
+    return done
+
+
+def retention(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """(merged - base) / (adapter - base) of each metric; left out where the adapter changed nothing."""
+    base, adapter, merged = metrics["base"], metrics["adapter"], metrics["merged"]
+    return {
+        name: (merged[name] - base[name]) / (adapter[name] - base[name])
+        for name in base
+        if name in adapter and name in merged and adapter[name] != base[name]
+    }
+
+
+class _Retention:
+    """What a merge is measured and calibrated with: the rows of the adapters' run."""
+
+    def __init__(self, runs: Sequence[FinishedRun], source: str, say: Say) -> None:
+        self.say = say
+        self.run = runs[0] if runs else None
+        if self.run is None:
+            say("no run beside the adapter: merged by the weights alone, and retention is not measured")
+            return
+        config = dataclasses.replace(self.run.config, model=source, labels=self.run.labels, early_stopping=0)
+        _check_unchanged(self.run)
+        facts = model_facts(source)
+        self.rows = run_rows(config, generative=facts.generative)
+        self.config = resolved(config, self.rows, facts)
+        self.tokenizer = load_tokenizer(source)
+
+    def measured(self, when: str, model: Any, active: Any) -> dict[str, dict[str, float]]:
+        """{when: metrics on the run's test rows}, {} where it held none out."""
+        if self.run is None or self.rows.test is None:
+            return {}
+        if when != "merged":
+            set_adapter(model, active)
+        evaluator = evaluator_for(
+            self.config, self.rows, self.rows.test, self.tokenizer, encoder_decoder=model.config.is_encoder_decoder
+        )
+        subject = {"base": "the base", "adapter": "the base with its adapter", "merged": "the merged model"}[when]
+        self.say(f"measuring {subject} on {len(self.rows.test.rows):,} held-out rows")
+        found = evaluator(model).metrics
+        return {when: {name: value for name, value in found.items() if math.isfinite(value)}}
+
+    def batches(self, count: int) -> list[dict[str, Any]] | None:
+        """The first of the training rows, shuffled, as forward passes."""
+        if self.run is None or not count:
+            return None
+        from deltaw.data import Collator, encode
+
+        train = dataclasses.replace(self.rows.train, rows=_some(self.rows.train.rows, count))
+        encoded = encode(
+            train,
+            self.tokenizer,
+            self.rows.task,
+            max_length=length_of(self.config),
+            labels=self.rows.labels,
+            template=self.config.rows_template,
+        )
+        collate = Collator(self.rows.task, self.tokenizer.pad_token_id)
+        size = self.config.eval_batch_size
+        examples = sorted(encoded.examples, key=lambda example: len(example["input_ids"]))
+        return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+
+def _some(rows: Sequence[Any], count: int) -> list[Any]:
+    order = torch.randperm(len(rows), generator=generator(0, "calibration")).tolist()
+    return [rows[index] for index in order[:count]]
+
+
+def is_4bit_folder(source: str | os.PathLike[str]) -> bool:
+    """Whether a model's folder holds 4-bit weights."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(resolve(source).path_or_id, trust_remote_code=False)
+    return bool(getattr(config, "quantization_config", None))
+
+
+def _base_quantization(runs: Sequence[FinishedRun], quantize: str | None) -> NF4 | None:
+    """How the base was held in training; the runs have to agree."""
+    if quantize is not None:
+        return NF4() if quantize == "nf4" else None
+    held = {run.config.quantization for run in runs}
+    if len(held) > 1:
+        raise InputError("the adapters were trained on bases held in different ways (4 bits or not): merge them apart")
+    return held.pop() if held else None
+
+
+def _kept_dtype(
+    source: str, dtype: str | None, into: str | None, runs: Sequence[FinishedRun], four_bits: bool
+) -> torch.dtype:
+    """The dtype of the values: as asked for, as in training on 4 bits, or as stored."""
+    if dtype is not None:
+        return pick_dtype(dtype, torch.device("cpu"))
+    if into in DENSE and not four_bits:
+        return DENSE[into]
+    if four_bits:
+        recorded = runs[0].record.get("device", {}).get("dtype") if runs else None
+        return pick_dtype(recorded, torch.device("cpu")) if recorded else torch.bfloat16
+    return stored_dtype(source)
 
 
 def _finished(path: str) -> Path | None:

@@ -95,6 +95,8 @@ TYPED: dict[str, tuple[object, object]] = {
     "template": ("chat", "chat"),
     "schedule": ("linear", "linear"),
     "sharding": ("fsdp2", "fsdp2"),
+    "quantize": ("nf4", "nf4"),
+    "optimizer": ("paged_adamw", "paged_adamw"),
     "method": ("lora", "lora"),
     "batch_size": ("64", 64),
     "micro_batch_size": ("2", 2),
