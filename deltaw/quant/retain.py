@@ -36,8 +36,11 @@ from deltaw.quant.weight import NF4Weight, nested_scales
 COLUMNS = 64
 #: Tokens that are brought to the moment's precision at once.
 TOKENS = 8192
+#: What the error along the adapter's latents counts beside all errors, with H and without.
+EMPHASIS, BLIND_EMPHASIS = 4.0, 30.0
 #: In the place of a scale of 0.
 LEAST = 1e-30
+#: Scales that are tried, as shares of a block's largest magnitude.
 FACTORS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.86, 0.82)
 
 
@@ -141,7 +144,7 @@ def retain(
     H: Tensor | None = None,
     base: NF4Weight | None = None,
     low_rank: LowRank | None = None,
-    emphasis: float = 1.0,
+    emphasis: float | None = None,
     damp: float = 1e-3,
     sweeps: int = 3,
     double_quant: bool | None = None,
@@ -158,7 +161,7 @@ def retain(
         H: (in, in), second moment of the inputs, from training rows only; None means from the weights alone.
         base: the 4-bit weight that was trained against.
         low_rank: the update.
-        emphasis: weight of the error along the adapter's latents.
+        emphasis: weight of the error along the adapter's latents; None means `EMPHASIS`, or `BLIND_EMPHASIS` without H.
         damp: added to H's diagonal, as a share of its mean.
         sweeps: rounds of coordinate descent.
         double_quant: whether scales are stored in 8 bits; None means as in the base, else yes.
@@ -169,6 +172,8 @@ def retain(
     Raises:
         InputError: shapes that do not fit, NaN or infinity in the target or in H, a negative option.
     """
+    if emphasis is None:
+        emphasis = BLIND_EMPHASIS if H is None else EMPHASIS
     _check(target, H, base, low_rank, name, emphasis=emphasis, damp=damp, sweeps=sweeps)
     dtype = dtype or (base.dtype if base is not None else target.dtype)
     block_size = block_size or (base.block_size if base is not None else 64)

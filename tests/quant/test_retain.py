@@ -40,13 +40,14 @@ def objective(weight: NF4Weight | torch.Tensor, target: torch.Tensor, M: torch.T
     return float(((E @ M) * E).sum())
 
 
-def metric(H, columns, update=None, *, emphasis=1.0, damp=1e-3):
+def metric(H, columns, update=None, *, damp=1e-3):
     """The documented M, in float64."""
+    emphasis = room.BLIND_EMPHASIS if H is None else room.EMPHASIS
     H = torch.eye(columns).double() if H is None else H.double()
     M = H.clone()
     if update is not None:
         A = update.A.double()
-        M += emphasis * H @ A.T @ torch.linalg.pinv(A @ H @ A.T, hermitian=True) @ A @ H
+        M += emphasis * H @ A.T @ torch.linalg.pinv(A @ H @ A.T, rtol=1e-10, hermitian=True) @ A @ H
     return M + damp * H.diagonal().mean() * torch.eye(columns).double()
 
 
@@ -87,6 +88,16 @@ def test_never_worse_than_requantising(
         assert (mine.shape, mine.dtype) == (tensor.shape, tensor.dtype)
     if double_quant:
         assert isinstance(found.scales, NestedScales) and torch.equal(found.scales.code, dynamic_code(True))
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_objective_is_the_documented_one(repeated):
+    _, update, target = case(5, 40)
+    if repeated:
+        update = LowRank(torch.cat([update.A, update.A]), torch.cat([update.B, update.B], 1), 1.0)
+    for H, emphasis in ((None, room.BLIND_EMPHASIS), (moment(40), room.EMPHASIS)):
+        want = metric(H, 40, update)
+        torch.testing.assert_close(room._metric(H, target, update, emphasis, 1e-3).double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_factor_is_the_cholesky_factor_in_the_greedy_order():
@@ -186,6 +197,15 @@ def test_keeps_what_requantising_loses(out, columns, dtype):
     assert found.update < 0.7 * plain.update and found.kept > 0.6
     assert abs(kept.kept - 1) < abs(found.kept - 1) and kept.kept > 0.9
     assert found.update <= kept.update
+
+
+def test_keeps_the_update_from_the_weights_alone():
+    base, update, target = case(96, 192)
+    D = target - base.dequantize()
+    for H in (None, moment(192)):
+        plain = output_error(NF4Weight.quantize(target).dequantize(), target, H, update=D)
+        found = output_error(retain(target, base=base, low_rank=update).dequantize(), target, H, update=D)
+        assert plain.kept < 0.3 and 0.8 < found.kept < 1.2
 
 
 def test_is_deterministic_and_takes_any_layout():
