@@ -16,6 +16,27 @@ uncorrelated with what the adapter reads, and the update then comes through at i
    factor on its least diagonal entry, so that the columns rounded last, which nothing corrects, are those that matter
    least.
 3. Sweeps: every code, then every scale, goes to its best value given all the others; the objective only falls.
+
+Measured on SmolLM2-135M with NF4 and an adapter of r 8 on all linear modules, whose updates are 0.8 % of the weights
+and 1.9 % of the outputs (medians). Held-out rows of a task of three classes; divergence is KL(adapter || merged) of the
+answers, 6.25 for the base; retention is of accuracy, macro F1 and AUROC over 200 rows:
+
+    codes from      emphasis   error / update   kept    divergence   retention
+    nearest values  -          1.01             0.01    5.15         -0.01, -0.02, 0.06
+    H               0          0.43             0.92    0.024        1.01, 1.00, 0.99
+    H               1          0.45             0.95    0.013        1.01, 1.00, 0.99
+    H               4          0.50             0.98    0.009        1.02, 1.02, 0.99
+    H               16         0.55             0.99    0.008        1.03, 1.04, 0.99
+    weights alone   1          0.99             0.02    4.22         0.00, -0.02, 0.12
+    weights alone   10         1.19             0.64    0.033        1.01, 0.99, 0.98
+    weights alone   30         1.55             0.95    0.023        0.98, 0.96, 0.96
+    weights alone   100        1.90             0.99    0.107        0.96, 0.84, 0.95
+
+So noise of the update's own size does little harm where the update is kept at its full size. Inputs of random tokens
+(emphasis 1) in the place of training rows: divergence 0.107. Step by step, error / update of a query, value and up
+projection: rounding in the usual order of falling diagonal 0.76, 0.52, 0.58; in the order above 0.76, 0.48, 0.53;
+sweeps of codes 0.69, 0.44, 0.49; of codes and scales 0.63, 0.41, 0.45; nine sweeps more, 0.62, 0.41, 0.45. Damping by
+the usual 0.01 instead of 0.001 is worse everywhere, 0.55 for 0.29 at one down projection.
 """
 
 from __future__ import annotations
