@@ -358,16 +358,16 @@ def by_hand(model, rows, path, masked=True):
 def test_moments_are_those_of_the_tokens(name):
     model, rows = adapted(name, target_modules="all-linear"), batches(name)
     paths = [path for path, _, part in parts_of(model, "default")]
+    expected = {path: by_hand(model, rows, path) for path in paths}
     for budget in (4 << 30, 1, 4 * 16**2 * 3):
         found = Moments(model.train(), paths, rows, budget_bytes=budget)
-        for path in paths:
-            H, tokens = by_hand(model.eval(), rows, path)
+        for path, (H, tokens) in expected.items():
             assert tokens == sum(int(row["attention_mask"].sum()) for row in rows)
             got = found[path]
             torch.testing.assert_close(got.double(), H, rtol=1e-4, atol=1e-5)
         assert found.tokens == tokens
-    unmasked, _ = by_hand(model, rows, paths[0], masked=False)
-    assert tiny.relative(unmasked, by_hand(model, rows, paths[0])[0]) > 1e-2
+    unmasked, _ = by_hand(model.eval(), rows, paths[0], masked=False)
+    assert tiny.relative(unmasked, expected[paths[0]][0]) > 1e-2
 
 
 def test_gathering_in_groups_changes_nothing_and_leaves_the_model_as_it_was():
