@@ -13,7 +13,6 @@ from test_distributed import assert_same_run, torchrun
 
 import deltaw as dw
 from deltaw.core.errors import InputError
-from deltaw.methods.host import AdaptedSite
 from deltaw.quant import NF4Tensor, quantized_sites
 from deltaw.studies.job import resume
 from deltaw.studies.job import run_training as train
@@ -179,50 +178,36 @@ def test_paged_adamw_in_8_bits_learns_and_resumes(place, tmp_path, whole, monkey
 # With the merge in mind.
 
 
-def merged_loss(place, run, rows):
-    """(base, adapter, merged by requantising): mean losses."""
-    model = dw.load_model(place / "llama", dtype="float32", device="cpu", quantize=dw.NF4())
-    tokenizer = small_runs.byte_tokenizer()
+def test_the_last_phase_trains_the_loss_of_the_merged_model(place, tmp_path, monkeypatch):
+    """Models so small do not reliably keep more by it when they are merged, so that is not asked here."""
+    compared, own = [], DeltawTrainer.training_step
 
-    def loss():
-        total = 0.0
+    def watching(self, model, inputs, num_items_in_batch=None):
+        dw.merge(model.train(), mode="requantize")
         with torch.no_grad():
-            for row in rows:
-                prompt, whole = (tokenizer(text)["input_ids"] for text in row)
-                labels = torch.tensor([[-100] * len(prompt) + whole[len(prompt) :]])
-                total += float(model(input_ids=torch.tensor([whole]), labels=labels).loss)
-        return total / len(rows)
+            merged = float(self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch))
+        dw.unmerge(model)
+        loss = own(self, model, inputs, num_items_in_batch)
+        compared.append((self.state.global_step, float(loss), merged))
+        return loss
 
-    base = loss()
-    dw.load_adapter(model, run / "adapter", name="a")
-    adapter = loss()
-    dw.merge(model, mode="requantize")
-    return base, adapter, loss()
-
-
-def test_a_merge_aware_phase_survives_requantising(place, tmp_path, monkeypatch):
-    switched, own = [], AdaptedSite._fused
-
-    def watching(self, *args):
-        if self.training:
-            switched.append(self.merge_aware)
-        return own(self, *args)
-
-    monkeypatch.setattr(AdaptedSite, "_fused", watching)
-    keys = {"epochs": 6, "learning_rate": 5e-3, "target_modules": "all-linear", "eval_every": 0, "save_every": 6}
-    prompts = [(f"{row['text']} ->", f"{row['text']} -> {row['label']}") for row in small_runs.rows_of("label", 24)]
-    retained = {}
-    for share in (0.0, 0.5):
-        run = train(**keys_for(place, tmp_path / str(share), merge_aware=share, **keys))
-        base, adapter, merged = merged_loss(place, run, prompts)
-        assert adapter < base
-        retained[share] = (base - merged) / (base - adapter)
-        calls = len(switched)
-        assert sum(switched) == round(share * calls) and switched == sorted(switched)
-        switched.clear()
-    assert retained[0.5] > retained[0.0] + 0.05, retained
-    again = stopped_and_resumed(monkeypatch, keys_for(place, tmp_path / "again", merge_aware=0.5, **keys), 11)
-    assert small_runs.outcome(again) == small_runs.outcome(tmp_path / "0.5")
+    keys = {"merge_aware": 0.5, "target_modules": "all-linear"}
+    with monkeypatch.context() as patched:
+        patched.setattr(DeltawTrainer, "training_step", watching)
+        run = train(**keys_for(place, tmp_path / "run", **keys))
+    assert {step for step, _, _ in compared} == set(range(12))
+    for step, loss, merged in compared:
+        if step >= 6:
+            assert loss == pytest.approx(merged, rel=1e-5), step
+        elif step > 2:
+            assert loss != pytest.approx(merged, rel=1e-5), step
+    assert sum(losses(run)[-3:]) < 0.9 * sum(losses(run)[:3])
+    again = stopped_and_resumed(monkeypatch, keys_for(place, tmp_path / "again", **keys), 8)
+    assert small_runs.outcome(again) == small_runs.outcome(run)
+    # The phase is over with the run, and the adapter is a plain one.
+    plain = train(**keys_for(place, tmp_path / "plain", target_modules="all-linear"))
+    assert losses(plain)[:6] == losses(run)[:6] and losses(plain)[6:] != losses(run)[6:]
+    assert {key: t.shape for key, t in trained(run).items()} == {key: t.shape for key, t in trained(plain).items()}
 
 
 # Processes.
