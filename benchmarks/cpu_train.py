@@ -5,12 +5,13 @@
 One process a system, all alive together; they take a step in turn, round by round, so that a machine whose speed drifts
 slows all of them alike. Tokens/s and memory are medians over the rounds; ratios are medians of the rounds' own ratios.
 A matrix product timed in each round shows the drift. `frozen` is stock transformers with input gradients and no
-optimizer; `full` fine-tunes every weight.
+optimizer; `full` fine-tunes every weight. `deltaw-qlora` and `peft-qlora` (bitsandbytes) hold the base in 4 bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -23,21 +24,47 @@ import time
 RANK = 16
 
 
+def quantized_by_bitsandbytes(args: argparse.Namespace):
+    """The base as PEFT's guide to QLoRA has it, without recomputation."""
+    import torch
+    import transformers
+    from peft import prepare_model_for_kbit_training
+
+    from deltaw.models.sources import resolve
+
+    dtype = getattr(torch, args.dtype)
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        resolve(args.model).path_or_id, dtype=dtype, quantization_config=four_bits, device_map={"": "cpu"}
+    )
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
 def build(name: str, args: argparse.Namespace):
     """(model, optimizer or None) of one system."""
     import torch
 
     import deltaw as dw
 
-    model = dw.load_model(args.model, dtype=args.dtype, device="cpu")
+    if name == "peft-qlora":
+        model = quantized_by_bitsandbytes(args)
+    else:
+        model = dw.load_model(
+            args.model, dtype=args.dtype, device="cpu", quantize=dw.NF4() if name == "deltaw-qlora" else None
+        )
     model.config.use_cache = False
-    if name == "deltaw":
+    if name in ("deltaw", "deltaw-qlora"):
         from deltaw.fuse.head import install_loss_head
 
         dw.adapt(model, dw.LoRA(r=RANK, alpha=2 * RANK, target_modules="all-linear"))
         objection = install_loss_head(model)
         assert objection is None, objection
-    elif name == "peft":
+    elif name in ("peft", "peft-qlora"):
         from peft import LoraConfig, get_peft_model
 
         model.enable_input_require_grads()
@@ -84,14 +111,24 @@ def step(model, optimizer, args: argparse.Namespace, draw, short: bool) -> float
     if short:
         labels[:, :-8] = -100
     begun = time.perf_counter()
-    loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
-    loss.backward()
+    with training_context(args.worker):
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        loss.backward()
     if optimizer is not None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - begun
     assert bool(torch.isfinite(loss))
     return seconds
+
+
+def training_context(name: str):
+    """What deltaw's training loop runs in on a CPU."""
+    if not name.startswith("deltaw"):
+        return contextlib.nullcontext()
+    from deltaw.fuse.attention import FastCpuAttention
+
+    return FastCpuAttention()
 
 
 def profile(model, optimizer, args: argparse.Namespace, draw) -> None:
@@ -160,11 +197,11 @@ def measure(args: argparse.Namespace, dtype: str) -> list[dict]:
                 "peak_mib": rounds[-1][name]["peak_mib"],
                 "probe_s": statistics.median(taken[name]["probe_s"] for taken in rounds),
             }
-            for other in ("frozen", "peft"):
+            for other in ("frozen", "peft-qlora" if name.endswith("-qlora") else "peft"):
                 if other in args.systems:
                     ratios = [taken[other]["s"] / taken[name]["s"] for taken in rounds]
-                    result[f"over_{other}"] = statistics.median(ratios)
-                    result[f"over_{other}_spread"] = [min(ratios), max(ratios)]
+                    result[f"over_{other.partition('-')[0]}"] = statistics.median(ratios)
+                    result[f"over_{other.partition('-')[0]}_spread"] = [min(ratios), max(ratios)]
             results.append(result)
     return results
 

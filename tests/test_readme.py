@@ -31,14 +31,17 @@ def here(tmp_path, monkeypatch):
 
 def test_the_shell_commands_run_in_turn(here, capsys):
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("deltaw ")]
-    assert [shlex.split(command)[1] for command in commands] == ["train", "evaluate", "merge"]
+    plain, four_bits = ["train", "evaluate", "merge"], ["train", "merge", "merge", "quantize", "export"]
+    assert [shlex.split(command)[1] for command in commands] == plain + four_bits
     for command in commands:
-        arguments = shlex.split(command.replace("smollm2-135m", "tiny"))[1:]
+        arguments = shlex.split(command.replace("smollm2-135m", "tiny"), comments=True)[1:]
         if arguments[0] == "train":
             arguments += ["--max-steps", "2", "--device", "cpu", "--dtype", "float32"]
         assert main(arguments) == 0, capsys.readouterr().err
     assert (here / "runs/mine/report.html").is_file()
-    assert (here / "merged/model.safetensors").is_file()
+    for folder in ("merged", "merged-4bit", "merged-16bit", "base-4bit"):
+        assert (here / folder / "model.safetensors").is_file()
+    assert (here / "adapter/adapter_model.safetensors").is_file()
 
 
 def test_the_python_runs(here):

@@ -73,7 +73,8 @@ class Moments:
         try:
             with torch.no_grad():
                 for batch in self.batches:
-                    now["mask"] = batch.get("attention_mask")
+                    # An encoder's mask is not its decoder's: there padding counts as well.
+                    now["mask"] = None if _has_encoder(self.model) else batch.get("attention_mask")
                     self.model(**batch)
         finally:
             self.model.train(was_training)
@@ -96,13 +97,18 @@ def _hook(moment: SecondMoment, now: Mapping[str, Any]) -> Callable[..., None]:
     return take
 
 
-def on_device(batches: Iterable[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """Batches without their labels, on a device."""
+def _has_encoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def on_device(model: nn.Module, batches: Iterable[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """Batches on a device, without labels but where a decoder's inputs are made from them."""
+    dropped = () if _has_encoder(model) else ("labels",)
     return [
         {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in batch.items()
-            if name != "labels"
+            if name not in dropped
         }
         for batch in batches
     ]

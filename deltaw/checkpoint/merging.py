@@ -245,13 +245,13 @@ class _Rounding:
             raise unknown_name("mode of merging", mode, MODES)
         self.model, self.into, self.report = model, into, report
         self.dtype = DENSE.get(into or "")
-        self.four_bits = set(quantizable(model, quantize or NF4())) if into == "nf4" else set()
         self.config = quantize or NF4()
         report.mode = mode
         sites = {path: site for path, _, site in sites_of(model) if site.active}
-        # A packed weight that is not asked to become dense is packed again.
-        packed = {path for path, _, _ in quantized_sites(model)} if self.dtype is None else set()
-        self.four_bits |= packed
+        # A packed weight that is not asked to become dense is packed again; what a 4-bit base left out stays out.
+        self.four_bits = {path for path, _, _ in quantized_sites(model)} if self.dtype is None else set()
+        if into == "nf4" and (quantize is not None or not self.four_bits):
+            self.four_bits |= set(quantizable(model, self.config))
         rounded = [
             path
             for path, site in sites.items()
@@ -260,7 +260,7 @@ class _Rounding:
         device = next(model.parameters()).device
         self.moments = None
         if calibration is not None and rounded:
-            self.moments = Moments(model, rounded, on_device(calibration, device))
+            self.moments = Moments(model, rounded, on_device(model, calibration, device))
 
     def dtype_of(self, parameter: Tensor) -> torch.dtype:
         """The dtype of a dense parameter afterwards."""

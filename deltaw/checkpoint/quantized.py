@@ -40,7 +40,7 @@ _PIECE = {"cpu": 1 << 18, "cuda": 1 << 20}
 class _Stop(BaseException):
     """Carries an error past transformers, which collects every `Exception` of a conversion and goes on."""
 
-    def __init__(self, error: InputError) -> None:
+    def __init__(self, error: Exception) -> None:
         self.error = error
 
 
@@ -224,8 +224,9 @@ def _plugin() -> Any:
                 value = input_dict.pop(key)
                 try:
                     made[key] = self.plan.convert(key, value.pop() if isinstance(value, list) else value)
-                except InputError as error:
-                    raise _Stop(error) from None
+                # transformers turns what is raised here into a reference to its own report, which nobody sees.
+                except Exception as error:
+                    raise _Stop(error) from error
             return made
 
     @register_quantization_config(name)

@@ -248,7 +248,7 @@ def dequantize_4bit_torch(
     the larger table; `take`, `gather`, indexing and `F.embedding` take 1.3 to 3 times as long as `index_select`. A
     product that writes bfloat16 directly takes 1.4 times as long as one in place and a copy.
     """
-    table = torch.index_select(code, 0, _nibbles(code.device)).view(torch.int64)
+    table = _pairs(code)
     step = DEQUANTIZE_CHUNK if codes.is_cpu else DEQUANTIZE_CHUNK_DEVICE
     begin = start // block_size * block_size
     for low in range(begin, stop, step):
@@ -269,11 +269,15 @@ def dequantize_4bit_torch(
             target.copy_(values[max(low, start) - low : high - low])
 
 
-@functools.cache
-def _nibbles(device: torch.device) -> Tensor:
-    """Both halves of each byte, the high one first: (512,), int32."""
-    byte = torch.arange(256, dtype=torch.int32, device=device)
-    return torch.stack([byte >> 4, byte & 15], dim=1).flatten()
+@functools.lru_cache(maxsize=8)
+def _pairs(code: Tensor) -> Tensor:
+    """Both values of each byte, the high half's first, as one number of 8 bytes: (256,), int64.
+
+    Remembered by the codebook's identity: those in use are shared and never written to.
+    """
+    byte = torch.arange(256, dtype=torch.int32, device=code.device)
+    both = torch.stack([byte >> 4, byte & 15], dim=1).flatten()
+    return torch.index_select(code, 0, both).view(torch.int64)
 
 
 def _check_blocks(block_size: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
+from deltaw.core.errors import InputError
 from deltaw.kernels.nf4 import NestedScales
 from deltaw.quant.weight import NF4Weight
 
@@ -138,6 +139,10 @@ class _Product(torch.autograd.Function):
 
 def _product(x: Tensor, weight: NF4Tensor, bias: Tensor | None, *, forwards: bool) -> Tensor:
     """X M^T + b (forwards) or X M + b, where M is the tensor as it looks."""
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            "a weight held in 4 bits is frozen and cannot want a gradient: adapt it, or load it in 16 bits"
+        )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)

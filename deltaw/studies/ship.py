@@ -26,7 +26,7 @@ from deltaw.evaluate.task import Evaluation
 from deltaw.methods import Full, set_adapter, summary
 from deltaw.models.sources import resolve
 from deltaw.quant import NF4
-from deltaw.studies.job import evaluator_for, length_of, load_job_model, resolved
+from deltaw.studies.job import evaluator_for, load_job_model, resolved, training_examples
 from deltaw.studies.rows import RunRows, rows_record, run_rows
 from deltaw.train import RunFolder, TrainConfig
 from deltaw.train.config import make_config, read_yaml
@@ -365,7 +365,8 @@ def merge_into(
         merged.append(
             {"path": path, "weight": weight, "sites": len(found.sites), "parameters": found.trainable_parameters}
         )
-    study = _Retention(runs, source, say) if four_bits and (measure or calibrate) else None
+    looks = calibrate if into == "nf4" and mode == "retain" else 0
+    study = _Retention(runs, source, say) if four_bits and (measure or looks) else None
     metrics: dict[str, Any] = {}
     if study is not None and measure:
         metrics |= study.measured("base", loaded, active=None)
@@ -375,7 +376,7 @@ def merge_into(
     say(f"merging {len(adapters)} adapter{'s' if len(adapters) > 1 else ''}" + (" in float32" if not four_bits else ""))
     report = MergeReport()
     target = into or (_name(kept) if four_bits else None)
-    batches = study.batches(calibrate) if study is not None and into == "nf4" and mode == "retain" else None
+    batches = study.batches(loaded, looks) if study is not None else None
     merge(loaded, into=target, mode=mode, calibration=batches, keep_original=False, report=report)
     if study is not None and measure:
         metrics |= study.measured("merged", loaded, active=None)
@@ -423,9 +424,14 @@ class _Retention:
             say("no run beside the adapter: merged by the weights alone, and retention is not measured")
             return
         config = dataclasses.replace(self.run.config, model=source, labels=self.run.labels, early_stopping=0)
-        _check_unchanged(self.run)
         facts = model_facts(source)
-        self.rows = run_rows(config, generative=facts.generative)
+        try:
+            _check_unchanged(self.run)
+            self.rows = run_rows(config, generative=facts.generative)
+        except DeltawError as error:
+            say(f"merged by the weights alone, and retention is not measured: {error}")
+            self.run = None
+            return
         self.config = resolved(config, self.rows, facts)
         self.tokenizer = load_tokenizer(source)
 
@@ -443,24 +449,17 @@ class _Retention:
         found = evaluator(model).metrics
         return {when: {name: value for name, value in found.items() if math.isfinite(value)}}
 
-    def batches(self, count: int) -> list[dict[str, Any]] | None:
-        """The first of the training rows, shuffled, as forward passes."""
+    def batches(self, model: Any, count: int) -> list[dict[str, Any]] | None:
+        """Some of the training rows, chosen by a fixed seed, as forward passes."""
         if self.run is None or not count:
             return None
-        from deltaw.data import Collator, encode
-
         train = dataclasses.replace(self.rows.train, rows=_some(self.rows.train.rows, count))
-        encoded = encode(
-            train,
-            self.tokenizer,
-            self.rows.task,
-            max_length=length_of(self.config),
-            labels=self.rows.labels,
-            template=self.config.rows_template,
+        rows = dataclasses.replace(self.rows, train=train)
+        examples, collate, _ = training_examples(
+            dataclasses.replace(self.config, pack=False), rows, self.tokenizer, model
         )
-        collate = Collator(self.rows.task, self.tokenizer.pad_token_id)
         size = self.config.eval_batch_size
-        examples = sorted(encoded.examples, key=lambda example: len(example["input_ids"]))
+        examples = sorted(examples, key=lambda example: len(example["input_ids"]))
         return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
 
 

@@ -16,6 +16,7 @@ from deltaw.core.errors import InputError, MissingExtraError
 from deltaw.core.files import explain_os_error
 from deltaw.core.protocols import packed_of
 from deltaw.data import Collator
+from deltaw.fuse.attention import FastCpuAttention
 from deltaw.fuse.head import install_loss_head, uninstall_loss_head
 from deltaw.methods import method_of
 from deltaw.methods.host import set_merge_aware
@@ -158,7 +159,8 @@ def _prepared(model: Any, config: TrainConfig, task: str, say: Callable[[str], N
     # DDP would broadcast every parameter first, and 4-bit ones are no plain tensors. All processes read the same.
     model._ddp_params_and_buffers_to_ignore = packed
     try:
-        yield
+        with FastCpuAttention() if model.device.type == "cpu" else contextlib.nullcontext():
+            yield
     finally:
         del model._ddp_params_and_buffers_to_ignore
         set_merge_aware(model, False)
