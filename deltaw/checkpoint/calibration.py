@@ -65,7 +65,7 @@ class Moments:
             self.gathered[path] = SecondMoment(features, device=weight.device)
         now: dict[str, Any] = {}
         hooks = [
-            self.model.get_submodule(path).register_forward_pre_hook(_hook(moment, now))
+            self.model.get_submodule(path).register_forward_pre_hook(_hook(moment, now, self._is_masked(path)))
             for path, moment in self.gathered.items()
         ]
         was_training = self.model.training
@@ -73,13 +73,16 @@ class Moments:
         try:
             with torch.no_grad():
                 for batch in self.batches:
-                    # An encoder's mask is not its decoder's: there padding counts as well.
-                    now["mask"] = None if _has_encoder(self.model) else batch.get("attention_mask")
+                    now["mask"] = batch.get("attention_mask")
                     self.model(**batch)
         finally:
             self.model.train(was_training)
             for hook in hooks:
                 hook.remove()
+
+    def _is_masked(self, path: str) -> bool:
+        """Whether the batches' mask is of the tokens that a module reads: an encoder's is not its decoder's."""
+        return not _has_encoder(self.model) or "encoder" in path.split(".")
 
 
 def _inputs(module: nn.Module) -> int:
@@ -88,9 +91,9 @@ def _inputs(module: nn.Module) -> int:
     return int(rows if type(module).__name__ == "Conv1D" else columns)
 
 
-def _hook(moment: SecondMoment, now: Mapping[str, Any]) -> Callable[..., None]:
+def _hook(moment: SecondMoment, now: Mapping[str, Any], masked: bool) -> Callable[..., None]:
     def take(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x, mask = args[0], now["mask"]
+        x, mask = args[0], now["mask"] if masked else None
         # Where tokens are laid out in another way (flattened, an encoder's states in a decoder), none is left out.
         moment.update(x, mask if mask is not None and mask.shape == x.shape[:-1] else None)
 

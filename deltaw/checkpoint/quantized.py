@@ -389,7 +389,7 @@ def saved_form(model: Any) -> Iterator[dict[str, Any]]:
     if not held:
         yield {}
         return
-    _check_savable(model, held)
+    check_savable(model, held)
     state: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         if isinstance(value, NF4Tensor):
@@ -403,7 +403,8 @@ def saved_form(model: Any) -> Iterator[dict[str, Any]]:
         del model.config.quantization_config
 
 
-def _check_savable(model: Any, held: dict[str, Any]) -> None:
+def check_savable(model: Any, held: dict[str, Any]) -> None:
+    """Raises an `InputError` where what is held in 4 bits has no place in bitsandbytes' form."""
     from transformers.pytorch_utils import Conv1D
 
     dense = set(getattr(model, "_keep_in_fp32_modules", None) or ())

@@ -113,7 +113,7 @@ def merge(
     rows = typed_number("--calibrate", calibrate, "int")
     assert isinstance(rows, int)
     from deltaw.studies.catalogue import fetch_model
-    from deltaw.studies.ship import merge_into
+    from deltaw.studies.merged import merge_into
 
     with Say() as say:
         if model is not None:

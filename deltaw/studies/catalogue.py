@@ -127,7 +127,7 @@ def target_sites(
     Raises:
         InputError: no such model, or a target that matches nothing.
     """
-    model = _empty_model(source, task)
+    model = empty_model(source, task)
     config = LoRA(r=r)
     found: dict[str, Any] = {}
     groups: dict[str, list[str]] = {}
@@ -157,7 +157,7 @@ def target_sites(
     ]
 
 
-def _empty_model(source: str | os.PathLike[str], task: str | None) -> Any:
+def empty_model(source: str | os.PathLike[str], task: str | None) -> Any:
     """The model's modules without memory behind their parameters."""
     import transformers
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from deltaw.checkpoint import load_adapter, load_model, load_tokenizer, save_model
 from deltaw.checkpoint.adapters import PREFIX, adapter_folder, read_adapter, write_state
 from deltaw.checkpoint.model_files import model_facts, pick_dtype
-from deltaw.checkpoint.quantized import _check_savable, quantized_bytes, saved_quantization
+from deltaw.checkpoint.quantized import check_savable, quantized_bytes, saved_quantization
 from deltaw.core.errors import InputError, unknown_name
 from deltaw.core.files import atomic_folder
 from deltaw.core.protocols import LowRank
@@ -33,8 +33,9 @@ from deltaw.methods.host import parts_of
 from deltaw.models.sites import base_modules, fused_experts, kind_of, output_head, task_heads
 from deltaw.models.sources import resolve
 from deltaw.quant import NF4, NF4Tensor, quantizable, quantized_sites
-from deltaw.studies.catalogue import _empty_model
-from deltaw.studies.ship import FinishedRun, _one_base, merge_into, model_labels, open_run, run_of_adapter, stored_dtype
+from deltaw.studies.catalogue import empty_model
+from deltaw.studies.merged import merge_into, new_folder, one_base, stored_dtype
+from deltaw.studies.ship import FinishedRun, model_labels, open_run, run_of_adapter
 from deltaw.train.run_folder import peak_memory_bytes
 
 Say = Callable[[str], None]
@@ -83,7 +84,7 @@ def quantize_into(
         InputError: a folder that is not empty, a model that is in 4 bits already, a NaN or an infinity in a weight,
             what bitsandbytes' form has no place for.
     """
-    _new_folder(output)
+    new_folder(output)
     _check_model(model)
     config = _configuration(model)
     if (saved := saved_quantization(config, model)) is not None:
@@ -97,8 +98,8 @@ def quantize_into(
     if task.endswith("classification") and not _made_for(config):
         say("the classification head is new, and untrained")
     # Before any weight is read.
-    empty = _empty_model(model, task)
-    _check_savable(empty, {path: (module, None) for path, module in quantizable(empty, quantize).items()})
+    empty = empty_model(model, task)
+    check_savable(empty, {path: (module, None) for path, module in quantizable(empty, quantize).items()})
     tokenizer = load_tokenizer(model)
     say(f"quantising {model} tensor by tensor")
     loaded = load_model(model, task=task, dtype=kept, device=device, labels=names, quantize=quantize)
@@ -131,13 +132,6 @@ def _counted(loaded: nn.Module, source: str, source_dtype: torch.dtype) -> dict[
         "kept": _kept(loaded),
         "source_bytes": _weights(source) or whole,
     }
-
-
-def _new_folder(output: str | os.PathLike[str]) -> None:
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "is not empty" if folder.is_dir() else "is a file"
-        raise InputError(f"{folder} {what}: choose a new folder as output")
 
 
 def _check_model(model: str) -> None:
@@ -265,13 +259,13 @@ def export_into(
         raise InputError(f"name is {name!r}: {wanted}")
     if (run is None) == (adapter is None):
         raise InputError("nothing to export: give a run folder, or an adapter (--adapter) with its base (--model)")
-    _new_folder(output)
+    new_folder(output)
     path = str(run or adapter)
     folder = run_of_adapter(path) or (run if run is not None else None)
     finished = open_run(folder) if folder is not None else None
     if finished is not None and finished.adapter is None:
         return {"to": to, **_whole_model(output, to, finished, say)}
-    base = _one_base(model, [finished] if finished else [], [(path, 1.0)])
+    base = one_base(model, [finished] if finished else [], [(path, 1.0)])
     if to == "vllm":
         return {"to": to, **_for_vllm(output, path, base, finished, name)}
     into: str | None = "nf4"
@@ -324,7 +318,7 @@ def _for_vllm(
     place = resolve(base).path_or_id
     _refuse(folder, [*_unserved_features(config), *_unserved_tensors(tensors), *_unserved_class(base)])
     # The base's modules without its weights: what is adapted, and whether the adapter fits.
-    empty = _empty_model(base, "causal-lm")
+    empty = empty_model(base, "causal-lm")
     load_adapter(empty, folder, name="original")
     parts = {site: (module, part) for site, module, part in parts_of(empty, "original")}
     _refuse(folder, _unserved_modules(empty, parts))

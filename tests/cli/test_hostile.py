@@ -84,7 +84,7 @@ def test_long_rows_are_cut_and_counted(here, train):
     [
         (["--learning-rate", "abc"], "--learning-rate is 'abc': expected a number"),
         (["--lr", "nan"], "learning_rate is nan: expected a number above 0"),
-        (["--method", "lorra"], "unknown method 'lorra': did you mean 'lora'?"),
+        (["--method", "lorra"], "unknown method 'lorra': did you mean 'lora' or"),
         (
             ["--target-modules", "q_porj"],
             "target 'q_porj' matches no module of LlamaForCausalLM: near names are q_proj",

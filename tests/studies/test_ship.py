@@ -13,15 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from deltaw.core.errors import InputError
 from deltaw.studies.job import run_training as train
-from deltaw.studies.ship import (
-    evaluate_model,
-    evaluate_run,
-    merge_into,
-    model_labels,
-    open_run,
-    run_of_adapter,
-    stored_dtype,
-)
+from deltaw.studies.merged import merge_into, stored_dtype
+from deltaw.studies.ship import evaluate_model, evaluate_run, model_labels, open_run, run_of_adapter
 
 KEYS = {
     "max_steps": 3,
