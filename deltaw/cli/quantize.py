@@ -18,7 +18,9 @@ def quantize(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="an embedded name, a folder, a .gguf file or a hub id.", show_default=False
+            metavar="MODEL",
+            help="an embedded name, a folder, a .gguf file or a hub id; or a run folder, which is merged.",
+            show_default=False,
         ),
     ] = None,
     output: Annotated[
@@ -65,8 +67,10 @@ def quantize(
 
     deltaw quantize smollm2-135m --output smollm2-nf4
     deltaw quantize M --output F --no-double-quant --skip-modules down_proj
+    deltaw quantize runs/x --output F
 
-    Tensors are read and quantised one by one: a model needs less memory here than its 16-bit weights take.
+    A run is written merged into its base, as deltaw export --to bnb does. A model's tensors are read and quantised one
+    by one: it needs less memory here than its 16-bit weights take.
     """
     from deltaw.cli.options import split_commas
 
@@ -79,8 +83,24 @@ def quantize(
     )
     from deltaw.quant import NF4
     from deltaw.studies.catalogue import fetch_model
-    from deltaw.studies.export import quantize_into
+    from deltaw.studies.export import export_into, quantize_into
+    from deltaw.studies.ship import run_of_adapter
 
+    if run_of_adapter(model) is not None:
+        plain = (
+            double_quant and block_size == 64 and not (head or skipped or names or task) and dtype == device == "auto"
+        )
+        if not plain:
+            raise InputError(f"{model} is a run, whose base and task are known: give --output and --json alone")
+        from deltaw.cli.merge import show as show_merge
+
+        with Say() as say:
+            done = export_into(output, to="bnb", run=model, say=say)
+        if json:
+            print_json(done)
+        else:
+            show_merge(done)
+        return
     config = NF4(double_quant=double_quant, block_size=block_size, head=head, skip_modules=skipped)
     with Say() as say:
         fetch_model(model, progress=say.bytes)

@@ -100,13 +100,21 @@ def test_wrong_usage_of_quantize(here, deltaw, finished):
         ("quantize", "model", "--dtype", "int4"): "unknown dtype 'int4'",
         ("quantize", "model", "--device", "tpu:x"): "device 'tpu:x': expected auto, cpu",
         ("quantize", "model", "--labels", "a,b"): "causal-lm has no classes",
-        ("quantize", str(finished)): "is a run, not a model: deltaw export",
+        ("quantize", str(finished), "--head"): "is a run, whose base and task are known: give --output and --json",
     }
     for words, wanted in wrong.items():
         output = ["--output", "out"] if len(words) > 1 and words != ("quantize", "model") else []
         done = deltaw(*words, *output)
         assert done.code == 2 and done.out == "" and wanted in done.line(), words
     assert not (here / "out").exists()
+
+
+def test_a_run_is_quantised_merged(here, deltaw, finished):
+    done = deltaw("quantize", finished, "--output", "four", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert (found["to"], found["into"], len(found["layers"])) == ("bnb", "nf4", 14) and "retention" in found
+    assert json.loads((here / "four" / "config.json").read_text())["quantization_config"]["load_in_4bit"] is True
 
 
 def test_quantize_in_a_process_of_its_own(here):
