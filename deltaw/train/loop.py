@@ -147,15 +147,15 @@ def fit(
 @contextlib.contextmanager
 def _prepared(model: Any, config: TrainConfig, task: str, say: Callable[[str], None]) -> Iterator[None]:
     """The model as training wants it, and afterwards as it was: its loss head, recomputation, its cache."""
+    packed = [name for name, parameter in model.named_parameters() if packed_of(parameter) is not None]
+    if config.merge_aware and not packed:
+        raise InputError("merge_aware trains through 4-bit weights, and the base has none: give quantize nf4")
     objection = install_loss_head(model)
     if objection is not None and task in ("causal-lm", "instruct"):
         say(f"loss computed from the logits of every position ({objection})")
     if config.gradient_checkpointing:
         _checkpointing(model, on=True)
     caches = getattr(model.config, "use_cache", None)
-    packed = [name for name, parameter in model.named_parameters() if packed_of(parameter) is not None]
-    if config.merge_aware and not packed:
-        raise InputError("merge_aware trains through 4-bit weights, and the base has none: give quantize nf4")
     # DDP would broadcast every parameter first, and 4-bit ones are no plain tensors. All processes read the same.
     model._ddp_params_and_buffers_to_ignore = packed
     try:

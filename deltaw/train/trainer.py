@@ -122,7 +122,8 @@ class DeltawTrainer(transformers.Trainer):
                 backend=self.run_folder.record.get("optimizer_backend", "auto"),
             )
             own = isinstance(self.optimizer, PagedAdamW)
-            self.run_folder.record["optimizer_backend"] = "own" if own else "bitsandbytes"
+            # At once: a run that is killed must find it when it is resumed.
+            self.run_folder.save(optimizer_backend="own" if own else "bitsandbytes")
             self.say(line)
         return super().create_optimizer(model)
 

@@ -53,7 +53,7 @@ def test_into_four_bits_with_what_was_kept(place, tmp_path):
     loaded = load_model(tmp_path / "m", device="cpu")
     assert len(list(quantized_sites(loaded))) == len(done["layers"]) == done["adapters"][0]["sites"] == 14
     assert json.loads((tmp_path / "m/deltaw_merge.json").read_text())["layers"] == done["layers"]
-    assert any("16-bit" not in line and "measuring the merged model" in line for line in said)
+    assert any("measuring the merged model" in line for line in said)
     # Plain requantising of the same run keeps less of the update in every layer's median.
     plain = merge_into(tmp_path / "p", adapters=[(str(place / "q"), 1.0)], into="nf4", mode="requantize", measure=False)
     assert "metrics" not in plain and "retention" not in plain
