@@ -74,6 +74,10 @@ class NestedScales:
         # Two roundings, as everywhere: addcmul could fuse them into one.
         return values.mul_(nested[start - first * NESTED_BLOCK :][: len(values)]).add_(self.offset)
 
+    def at(self, index: Tensor) -> Tensor:
+        """The scales of chosen blocks in float32: any shape of integers, to the same shape."""
+        return self.code[self.q[index].int()].mul_(self.absmax[index // NESTED_BLOCK]).add_(self.offset)
+
 
 def triton_kernels(tensor: Tensor) -> ModuleType | None:
     """The module of the Triton kernels if `tensor` is on a CUDA device and Triton is installed, else None."""

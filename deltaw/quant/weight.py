@@ -152,7 +152,9 @@ class NF4Weight:
         flat = index.reshape(-1, 1).long() * columns + torch.arange(columns, device=index.device)
         byte = self.codes[flat // 2]
         q = torch.where(flat % 2 == 0, byte >> 4, byte & 15)
-        values = nf4_code(self.device)[q.int()] * self.absmax()[flat // self.block_size]
+        blocks = flat // self.block_size
+        scales = self.scales.at(blocks) if isinstance(self.scales, NestedScales) else self.scales[blocks]
+        values = nf4_code(self.device)[q.int()] * scales
         return values.to(dtype or self.dtype).view(*index.shape, columns)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
