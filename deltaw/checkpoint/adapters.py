@@ -102,7 +102,7 @@ def save_adapter(model: nn.Module, path: Path_, *, name: str | None = None, base
 def peft_config(model: nn.Module, name: str, method: Method, config: Any, base_model: str | None) -> dict[str, Any]:
     """The fields of `adapter_config.json`."""
     assert method.to_peft is not None
-    sites = [path for path, _, part in parts_of(model, name) if part.low_rank() is not None]
+    sites = {path: part for path, _, part in parts_of(model, name) if part.low_rank() is not None}
     copies = [path for path, _, part in parts_of(model, name) if part.replaces]
     known = base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return {
@@ -139,7 +139,8 @@ def read_adapter(path: Path_) -> tuple[Method, Any, dict[str, Tensor]]:
         method = METHODS[name]
         if method.peft_type is not None and method.peft_type == kind:
             assert method.from_peft is not None
-            return method, method.from_peft(fields), _read_tensors(folder)
+            config = method.from_peft(fields)
+            return method_of(config), config, _read_tensors(folder)
     supported = ", ".join(str(METHODS[name].peft_type) for name in METHODS if METHODS[name].peft_type)
     raise InputError(f"{folder / CONFIG_FILE}: peft_type {kind!r} is not supported: expected one of {supported}")
 

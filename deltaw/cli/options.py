@@ -122,18 +122,19 @@ def joined(flags: Iterable[Flag]) -> list[Flag]:
 
 
 def attribute_docs(config: type) -> dict[str, str]:
-    """What the class docstring's Attributes section says of each field.
+    """What the docstring's Attributes section says of each field, the class's own or that of one it comes from.
 
     A line may speak of several fields: `a, b: ...` of both alike, `a: ...; b: ...` of each.
     """
     names = [field.name for field in dataclasses.fields(config)]
-    section = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[2]
     entries: list[str] = []
-    for line in section.splitlines():
-        if line.startswith("    ") and not line.startswith("     "):
-            entries.append(line.strip())
-        elif entries and line.strip():
-            entries[-1] += " " + line.strip()
+    for origin in reversed(config.__mro__):
+        section = inspect.cleandoc(origin.__dict__.get("__doc__") or "").partition("Attributes:\n")[2]
+        for line in section.splitlines():
+            if line.startswith("    ") and not line.startswith("     "):
+                entries.append(line.strip())
+            elif entries and line.strip():
+                entries[-1] += " " + line.strip()
     found: dict[str, str] = {}
     listed = "|".join(names)
     for entry in entries:

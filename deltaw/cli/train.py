@@ -16,14 +16,14 @@ from deltaw.cli.pages import EPILOG, Page, new_app
 from deltaw.core.configs import aliases_of
 from deltaw.core.errors import InputError
 from deltaw.methods import METHODS
-from deltaw.train.config import DEFAULT_LEARNING_RATE, TrainConfig, expanded, make_config, read_yaml
+from deltaw.train.config import TrainConfig, expanded, make_config, read_yaml
 
 PANELS = {
     "Model and data": (
         "model data eval_data test_data held_out layout columns split skip_bad_rows task labels template chat_template "
         "label_prompt max_length pack"
     ),
-    "Method": "method adapter quantize double_quant merge_aware",
+    "Method": "method adapter quantize double_quant merge_aware neftune_alpha",
     "Optimisation": (
         "epochs max_steps batch_size micro_batch_size learning_rate warmup_ratio schedule weight_decay max_grad_norm "
         "optimizer seed dtype device gradient_checkpointing sharding"
@@ -34,7 +34,7 @@ PANELS = {
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.split()}
 
 
-_RATES = ", ".join(f"{rate:g} for {name}" for name, rate in DEFAULT_LEARNING_RATE.items())
+_RATES = ", ".join(f"{METHODS[name].learning_rate:g} for {name}" for name in METHODS)
 #: What a key's default is here, where the configuration leaves it open.
 _HELP = {
     "learning_rate": f"of AdamW, at its highest; by default {_RATES}",

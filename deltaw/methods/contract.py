@@ -4,11 +4,20 @@ A method turns a configuration into *parts*. A part is an `nn.Module` that sits 
 the parameters of one adapter there: LoRA's factors, a trained bias, the rows of an embedding, a whole trained copy.
 The host (`host.py`) adds up what the parts of the active adapters say; no part knows of another, nor of how the frozen
 weight is stored.
+
+What a part trains are its parameters; what it keeps and does not train (LoRA-FA's A) are buffers. Members that only
+some parts have, found by `getattr`:
+
+- `alone(x, base, bias) -> Tensor`: the output of a linear whose only active part this is, in one function.
+- `prepare(module, args, kwargs) -> (args, kwargs)`: changes what the module is called with, and adds nothing to what it
+  gives (prefixes, noise).
+- `rate_ratios() -> {parameter's name in the part: factor}`: learning rates over the run's (LoRA+).
+- `extra_loss() -> Tensor`: a term of the training loss, a number (AdaLoRA's orthogonality).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -66,6 +75,39 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What new parts may start from.
+
+    Attributes:
+        generator: a site's path to its random generator.
+        dtype: of new parameters; None means float32.
+        batches: keyword arguments of forward passes over training rows, for starts made from activations; None: none.
+        original: a site's path to its weight (out, in) as it was before it was quantised; None: not at hand.
+    """
+
+    generator: Callable[[str], torch.Generator]
+    dtype: torch.dtype | None = None
+    batches: Sequence[Mapping[str, Any]] | None = None
+    original: Callable[[str], Tensor] | None = None
+
+
+class Controller(Protocol):
+    """Follows a training from outside the parts: AdaLoRA's budget."""
+
+    def after_update(self, step: int) -> None:
+        """Called after optimizer step number `step` (from 1), while the gradients are still there."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: tensors, numbers, and lists and dicts of them."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
+    def finish(self) -> None:
+        """Called once training has ended, with the weights that are kept; raises `RunError` where it was in vain."""
+
+
+@dataclass(frozen=True)
 class Method:
     """A registered method.
 
@@ -73,22 +115,30 @@ class Method:
         name: what users type.
         config: its configuration's type.
         scope: what one part sees: a site, a block, or the whole model.
-        attach: (model, config, generator for a path, dtype of new parameters) to the parts, which the host installs.
+        attach: (model, config, start) to the parts, which the host installs.
         trains_base: the method trains the model's own parameters, so that there is nothing to switch, merge or unload.
         identity_at_start: the adapted model computes exactly what the base does until training moves it.
         param_count: trainable parameters that one site of shape (out, in) gets.
-        to_peft: (configuration, model, paths of the adapter's sites) to the fields of PEFT's `adapter_config.json`.
+        to_peft: (configuration, model, the adapter's low-rank parts by path) to the fields of PEFT's
+            `adapter_config.json`. The parts have the last word on ranks and scales.
         from_peft: those fields to a configuration; a field that cannot be honoured is an `InputError` naming it.
-        peft_type: PEFT's name of the method; None where PEFT has none, so that it cannot be written for it.
+        peft_type: PEFT's name of the method; None where PEFT has none, or another method reads its files
+            (`from_peft` may give another method's configuration).
+        control: (model, adapter's name, optimizer steps in all) to what follows the training; None: nothing does.
+        learning_rate: AdamW's where none is given.
+        mergeable: whether the parts can be written into the weights.
     """
 
     name: str
     config: type
     scope: Scope
-    attach: Callable[[nn.Module, Any, Callable[[str], torch.Generator], torch.dtype | None], list[Placed]]
+    attach: Callable[[nn.Module, Any, Start], list[Placed]]
     param_count: Callable[[Any, str, tuple[int, int]], int]
-    to_peft: Callable[[Any, nn.Module, list[str]], dict[str, Any]] | None = None
+    to_peft: Callable[[Any, nn.Module, Mapping[str, Any]], dict[str, Any]] | None = None
     from_peft: Callable[[dict[str, Any]], Any] | None = None
     peft_type: str | None = None
     trains_base: bool = False
     identity_at_start: bool = True
+    control: Callable[[nn.Module, str, int], Controller] | None = None
+    learning_rate: float = 2e-4
+    mergeable: bool = True

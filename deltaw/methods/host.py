@@ -19,7 +19,7 @@ from deltaw.core.errors import InputError, unknown_name
 from deltaw.core.generators import generator
 from deltaw.core.protocols import AbsorbingWeight, LowRank, stored_bytes
 from deltaw.kernels.lora_linear import absorbed_linear, lora_linear
-from deltaw.methods.contract import Method, Placed
+from deltaw.methods.contract import Method, Placed, Start
 from deltaw.methods.registry import method_of
 from deltaw.models.sites import SiteWeight, base_modules, fused_experts, kind_of
 
@@ -63,6 +63,9 @@ class AdaptedSite(nn.Module):
             return self.base_forward(module, *args, **kwargs)
         if any(part.replaces for part, _ in chosen):
             return self._replaced(chosen)(*args, **kwargs)
+        for part, _ in chosen:
+            if hasattr(part, "prepare"):
+                args, kwargs = part.prepare(module, args, kwargs)
         if self.fusable and len(args) == 1 and not kwargs and not module.weight.requires_grad:
             fused = self._fused(module, args[0], chosen)
             if fused is not None:
@@ -71,8 +74,9 @@ class AdaptedSite(nn.Module):
         out = base_out
         x = args[0] if args else next(iter(kwargs.values()))
         for part, weight in chosen:
-            update = part.update(x, base_out)
-            out = out + (update if weight == 1 else update * weight)
+            if not hasattr(part, "prepare"):
+                update = part.update(x, base_out)
+                out = out + (update if weight == 1 else update * weight)
         return out
 
     def _replaced(self, chosen: list[tuple[Any, float]]) -> Callable[..., Any]:
@@ -91,6 +95,10 @@ class AdaptedSite(nn.Module):
         factors: list[tuple[LowRank, float]] = []
         bias: Any = module.bias
         dropouts = set()
+        assert self.weight is not None
+        if len(chosen) == 1 and chosen[0][1] == 1 and hasattr(chosen[0][0], "alone"):
+            whole: Tensor = chosen[0][0].alone(x, self.weight, bias)
+            return whole
         for part, weight in chosen:
             low, shift = part.low_rank(), part.shift()
             if low is None and shift is None:
@@ -105,7 +113,6 @@ class AdaptedSite(nn.Module):
                 bias = shift if bias is None else bias + shift
         if len(dropouts) > 1 or (len(factors) > 1 and dropouts != {0.0}):
             return None
-        assert self.weight is not None
         if not factors:
             return self.weight.matmul(x, bias)
         if len(factors) == 1:
@@ -174,6 +181,8 @@ def adapt(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     trainable: bool = True,
+    batches: Sequence[Mapping[str, Any]] | None = None,
+    original: Callable[[str], Tensor] | None = None,
 ) -> nn.Module:
     """Puts a new adapter on `model`, in place, and makes it the active one.
 
@@ -185,6 +194,10 @@ def adapt(
         dtype: of the new parameters; None means float32, and for `modules_to_save` the module's. Copies of the base's
             values (trained biases, tokens, modules) are of no narrower dtype than the base's.
         trainable: whether the new parameters want gradients.
+        batches: for starts made from activations (`init="eva"`): keyword arguments of forward passes, such as
+            `{"input_ids": ..., "attention_mask": ...}`, made of training rows.
+        original: for starts made from what quantising lost (`init="loftq"`): a module's path to its weight (out, in)
+            before it was quantised.
 
     Returns:
         The same model.
@@ -204,7 +217,8 @@ def adapt(
         raise InputError("the model holds a merged adapter: call dw.unmerge(model) before adding another")
     if any(method_of(other).trains_base for other in book.configs.values()) or (method.trains_base and book.configs):
         raise InputError("full fine-tuning trains the base itself and stands alone: use a fresh model for an adapter")
-    placed = method.attach(model, config, lambda path: generator(seed, "init", path), dtype)
+    start = Start(lambda path: generator(seed, "init", path), dtype, batches, original)
+    placed = method.attach(model, config, start)
     if book.was_trainable is None:
         book.was_trainable = {key for key, p in model.named_parameters() if p.requires_grad}
     if not method.trains_base:

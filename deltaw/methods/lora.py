@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from deltaw.core.configs import accepts, spelling
 from deltaw.core.errors import InputError
 from deltaw.core.protocols import LowRank
 from deltaw.methods.companions import companions, saved_modules
-from deltaw.methods.contract import Placed
+from deltaw.methods.contract import Placed, Start
 from deltaw.models.sites import Site
 from deltaw.models.targets import pattern_value, resolve_targets
 
@@ -222,10 +222,13 @@ class LoraPart(nn.Module):
         return {"r": self.lora_A.shape[0], "scale": self.scale}
 
 
-def attach(
-    model: nn.Module, config: LoRA, generator: Callable[[str], torch.Generator], dtype: torch.dtype | None
-) -> list[Placed]:
+def attach(model: nn.Module, config: LoRA, start: Start) -> list[Placed]:
     """The factors of every site that the targets name, and what comes along with them."""
+    return attach_parts(model, config, start, LoraPart)
+
+
+def attach_parts(model: nn.Module, config: LoRA, start: Start, part_type: type[LoraPart]) -> list[Placed]:
+    """`attach` for LoRA and what is a LoRA with more to it."""
     sites = resolve_targets(
         model,
         config.target_modules,
@@ -238,15 +241,15 @@ def attach(
     for site in sites:
         if config.lora_bias and site.kind == "embedding":
             raise InputError(f"lora_bias: {site.name} is an embedding, which has no bias; leave it out of the targets")
-        part = LoraPart(
+        part = part_type(
             site,
             r=config.rank_of(site.name),
             scale=config.scale_of(site.name),
             dropout=config.dropout,
             lora_bias=config.lora_bias,
-            dtype=dtype,
+            dtype=start.dtype,
         )
-        part.initialise(generator(site.name), config.init)
+        part.initialise(start.generator(site.name), config.init)
         placed.append(Placed(site.name, part))
     unused = [p for p in (*config.rank_pattern, *config.alpha_pattern) if not _names_any(p, sites)]
     if unused:
@@ -257,7 +260,7 @@ def attach(
         bias=config.bias,
         modules_to_save=config.modules_to_save,
         trainable_tokens=config.trainable_tokens,
-        dtype=dtype,
+        dtype=start.dtype,
     )
     return placed
 

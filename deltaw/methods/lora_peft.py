@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -125,10 +128,13 @@ def from_peft(fields: dict[str, Any]) -> LoRA:
     return LoRA(**given)
 
 
-def to_peft(config: LoRA, model: nn.Module, sites: list[str]) -> dict[str, Any]:
+def to_peft(config: LoRA, model: nn.Module, parts: Mapping[str, Any]) -> dict[str, Any]:
     """A `LoRA` as PEFT's `LoraConfig` fields, its targets spelt so that PEFT finds exactly the same modules."""
     from transformers.pytorch_utils import Conv1D
 
+    lows = {path: part.low_rank() for path, part in parts.items()}
+    config = as_measured(config, {path: (low.A.shape[0], low.scale) for path, low in lows.items()})
+    sites = list(parts)
     return {
         "peft_type": "LORA",
         "r": config.r,
@@ -147,6 +153,27 @@ def to_peft(config: LoRA, model: nn.Module, sites: list[str]) -> dict[str, Any]:
         "fan_in_fan_out": any(isinstance(model.get_submodule(site), Conv1D) for site in sites),
         "init_lora_weights": True,
     }
+
+
+def as_measured(config: LoRA, sites: Mapping[str, tuple[int, float]]) -> LoRA:
+    """The configuration with the ranks and scales that the sites really have, by their full paths where they differ.
+
+    Ranks chosen by data or cut after training, and factors that were joined, are not what the user's own patterns say.
+    """
+    if not sites or all(
+        config.rank_of(path) == r and config.scale_of(path) == scale for path, (r, scale) in sites.items()
+    ):
+        return config
+    alphas = {path: scale * (math.sqrt(r) if config.rslora else r) for path, (r, scale) in sites.items()}
+    r = Counter(r for r, _ in sites.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return dataclasses.replace(
+        config,
+        r=r,
+        alpha=alpha,
+        rank_pattern={path: own for path, (own, _) in sites.items() if own != r},
+        alpha_pattern={path: own for path, own in alphas.items() if own != alpha},
+    )
 
 
 def _whole(number: float | None) -> float | None:

@@ -30,7 +30,7 @@ from deltaw.evaluate.task import (
     split_answers,
 )
 from deltaw.methods import Full, adapt, adapter_names, method_of, set_adapter, summary
-from deltaw.methods.host import book_of
+from deltaw.methods.host import Summary, active_method, book_of
 from deltaw.models.sites import task_heads
 from deltaw.report import write_report
 from deltaw.studies.rows import RunRows, rows_record, run_rows
@@ -96,9 +96,9 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
     with _recorded(run, fresh=not resuming):
         tokenizer = load_tokenizer(config.model)
         model = load_job_model(config, rows)
+        examples, collator, counts = training_examples(config, rows, tokenizer, model)
         name = add_adapter(model, config)
         sites = summary(model, name)
-        examples, collator, counts = training_examples(config, rows, tokenizer, model)
         evaluators = _evaluators(config, rows, tokenizer, encoder_decoder=model.config.is_encoder_decoder)
         _describe(run, config, rows, model, sites, counts, evaluators)
         say(_plan_line(config, rows, sites, len(examples)))
@@ -117,6 +117,10 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
             resume=resuming,
             say=say,
         )
+        if active_method(model, name).control is not None:
+            # What the method left, which is not what it began with.
+            sites = summary(model, name)
+            run.record["method"] |= _method_record(model, config, sites)
         _save(model, name, tokenizer, config, run)
         started = time.perf_counter()
         after, answers_after = _measure(model, evaluators.get("test"))
@@ -335,26 +339,31 @@ def _describe(
             **_four_bits(model),
         },
         data=data,
-        method={
-            "name": sites.method,
-            "config": to_plain(book_of(model).configs[sites.adapter]),
-            "sites": [
-                {
-                    "name": site.name,
-                    "kind": site.kind,
-                    "shape": list(site.shape),
-                    "parameters": site.parameters,
-                    **site.details,
-                }
-                for site in sites.sites
-            ],
-            "trainable_parameters": sites.trainable_parameters,
-            "total_parameters": sites.base_parameters
-            + (0 if isinstance(config.method_config, Full) else sites.trainable_parameters),
-            "share": sites.share,
-            "adapter_bytes": sites.adapter_bytes,
-        },
+        method=_method_record(model, config, sites),
     )
+
+
+def _method_record(model: Any, config: TrainConfig, sites: Summary) -> dict[str, Any]:
+    """What `run.json` says of the method and of what it trains."""
+    return {
+        "name": sites.method,
+        "config": to_plain(book_of(model).configs[sites.adapter]),
+        "sites": [
+            {
+                "name": site.name,
+                "kind": site.kind,
+                "shape": list(site.shape),
+                "parameters": site.parameters,
+                **site.details,
+            }
+            for site in sites.sites
+        ],
+        "trainable_parameters": sites.trainable_parameters,
+        "total_parameters": sites.base_parameters
+        + (0 if isinstance(config.method_config, Full) else sites.trainable_parameters),
+        "share": sites.share,
+        "adapter_bytes": sites.adapter_bytes,
+    }
 
 
 def _four_bits(model: Any) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from deltaw.methods import METHODS
 from deltaw.methods.lora import LoRA
 from deltaw.quant.config import NF4
 
-#: Learning rates that suit a method where none is given.
-DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
-
 #: Names in use for a method with a setting, and what they stand for.
 SHORTHANDS: dict[str, dict[str, Any]] = {
     "qlora": {"method": "lora", "quantize": "nf4"},
     "rslora": {"method": "lora", "rslora": True},
+    "qdora": {"method": "dora", "quantize": "nf4"},
+    "rsdora": {"method": "dora", "rslora": True},
 }
 
 OPTIMIZERS = ("adamw", "paged_adamw", "paged_adamw_8bit")
@@ -59,6 +58,7 @@ class TrainConfig:
         method_config: the method's configuration.
         adapter: an adapter folder to go on from.
         quantize: what the frozen base is held in: `none` (as `dtype` says) or `nf4` (4-bit NormalFloat).
+        neftune_alpha: scale of the noise on input embeddings in training (NEFTune); 0: none, 5 to 15 are usual.
         double_quant: hold the 4-bit weights' scales in 8 bits: 4.127 bits a parameter instead of 4.5.
         merge_aware: share of the steps, the last ones, in which a 4-bit base computes with the adapter merged into it
             and quantised again, so that merging loses less.
@@ -114,6 +114,7 @@ class TrainConfig:
     adapter: str | None = None
     quantize: str = "none"
     double_quant: bool = True
+    neftune_alpha: float = 0.0
     merge_aware: float = 0.0
     epochs: float = 3.0
     max_steps: int | None = None
@@ -144,14 +145,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", DEFAULT_LEARNING_RATE.get(self.method, 2e-4))
+            known = METHODS[self.method].learning_rate if self.method in METHODS else 2e-4
+            object.__setattr__(self, "learning_rate", known)
         assert self.learning_rate is not None
         _check_types(self)
         problems = []
         for name in ("batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "eval_batch_size"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)!r}: expected at least 1")
-        for name in ("eval_every", "save_every", "early_stopping", "max_new_tokens", "weight_decay", "max_grad_norm"):
+        for name in ("eval_every", "save_every", "early_stopping", "max_new_tokens"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} is {getattr(self, name)!r}: expected 0 or more")
+        for name in ("weight_decay", "max_grad_norm", "neftune_alpha"):
             if getattr(self, name) < 0:
                 problems.append(f"{name} is {getattr(self, name)!r}: expected 0 or more")
         if self.max_length is not None and self.max_length < 2:
@@ -181,6 +186,8 @@ class TrainConfig:
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.quantize != "none" and METHODS[self.method].trains_base:
             raise InputError(f"method {self.method} trains the base itself, which 4 bits freeze: leave quantize out")
+        if self.sharding != "none" and METHODS[self.method].control is not None:
+            raise InputError(f"method {self.method} does not go with sharding {self.sharding} yet: leave it at none")
         if self.sharding != "none" and (self.quantize != "none" or self.optimizer != "adamw"):
             what = "quantize" if self.quantize != "none" else "a paged optimizer"
             raise InputError(f"sharding {self.sharding} does not go with {what} yet: choose one of them")

@@ -132,6 +132,7 @@ def fit(
                 if last is not None:
                     say(f"resuming from step {step}")
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
+            trainer.finish()
     except OSError as error:
         raise explain_os_error(error, error.filename or run.path) from error
     return Fitted(

@@ -22,7 +22,8 @@ from deltaw.core.errors import InputError, RunError
 from deltaw.core.files import sync_folder
 from deltaw.data.encode import IGNORED
 from deltaw.methods import adapter_parameters
-from deltaw.methods.host import active_method, set_merge_aware
+from deltaw.methods.contract import Controller
+from deltaw.methods.host import active_method, parts_of, set_merge_aware
 from deltaw.quant.paged import PagedAdamW, paged_optimizer
 from deltaw.train.order import StepOrder
 from deltaw.train.run_folder import RunFolder
@@ -77,7 +78,12 @@ class DeltawTrainer(transformers.Trainer):
         self.autocast = autocast
         self.optimizer_name = optimizer_name
         self.merge_aware = merge_aware
-        self.whole_model = active_method(kwargs["model"], adapter).trains_base
+        self.method = active_method(kwargs["model"], adapter)
+        self.whole_model = self.method.trains_base
+        self.controller: Controller | None = None
+        self.controller_state: dict[str, Any] | None = None
+        adapted = [part for _, _, part in parts_of(kwargs["model"], adapter)]
+        self.extra_losses = [part.extra_loss for part in adapted if hasattr(part, "extra_loss")]
         super().__init__(*args, **kwargs)
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(transformers.ProgressCallback)
@@ -103,18 +109,18 @@ class DeltawTrainer(transformers.Trainer):
             super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's own, or AdamW with its states in host memory, which says where they are."""
-        if self.optimizer_name != "adamw" and self.optimizer is None:
-            whole: Any = self.accelerator.unwrap_model(model or self.model)
-            trained = adapter_parameters(whole, self.adapter)
-            decayed = set(self.get_decay_parameter_names(whole))
-            groups = [
-                {"params": [p for name, p in trained.items() if (name in decayed) == on], "weight_decay": decay}
-                for on, decay in ((True, self.args.weight_decay), (False, 0.0))
-            ]
+        """Trainer's own, but where parts have learning rates of their own, or states stand in host memory."""
+        whole: Any = self.accelerator.unwrap_model(model or self.model)
+        ratios = _rate_ratios(whole, self.adapter)
+        if self.optimizer is None and (self.optimizer_name != "adamw" or ratios):
+            groups = self._groups(whole, ratios)
+            if self.optimizer_name == "adamw":
+                kind, options = self.get_optimizer_cls_and_kwargs(self.args, whole)
+                self.optimizer = kind(groups, **options)
+                return super().create_optimizer(model)
             self.optimizer, line = paged_optimizer(
                 self.optimizer_name,
-                [group for group in groups if group["params"]],
+                groups,
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
@@ -126,6 +132,21 @@ class DeltawTrainer(transformers.Trainer):
             self.run_folder.save(optimizer_backend="own" if own else "bitsandbytes")
             self.say(line)
         return super().create_optimizer(model)
+
+    def _groups(self, whole: Any, ratios: Mapping[int, float]) -> list[dict[str, Any]]:
+        """Parameters by learning rate and decay; the run's own rate comes first, since logs show that of the first."""
+        decayed = set(self.get_decay_parameter_names(whole))
+        found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in adapter_parameters(whole, self.adapter).items():
+            found.setdefault((ratios.get(id(parameter), 1.0), name in decayed), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+                "lr": self.args.learning_rate * ratio,
+            }
+            for (ratio, decays), parameters in sorted(found.items(), key=lambda item: (item[0][0] != 1, not item[0][1]))
+        ]
 
     # One step.
 
@@ -161,7 +182,12 @@ class DeltawTrainer(transformers.Trainer):
             else:
                 loss = model(**inputs, num_items_in_batch=num_items_in_batch).loss
         # Processes' gradients are averaged, and their labels are counted together.
-        return loss * self.args.world_size
+        loss = loss * self.args.world_size
+        if self.extra_losses:
+            extra = torch.stack([one() for one in self.extra_losses]).sum() / self.current_gradient_accumulation_steps
+            # Its gradient counts; logs show the loss of the task.
+            loss = loss + (extra - extra.detach()).to(loss.dtype)
+        return loss
 
     def _loss_from_logits(self, model: nn.Module, given: dict[str, Any]) -> Tensor:
         labels = given.pop("labels")
@@ -268,6 +294,8 @@ class DeltawTrainer(transformers.Trainer):
             if isinstance(callback, transformers.trainer_callback.ExportableState):
                 states[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(folder / "trainer_state.json"))
+        if self.controller is not None:
+            torch.save(self.controller.state_dict(), folder / "controller.pt")
         own = {"tokens": tokens, "seconds": self.seconds()}
         (folder / "deltaw.json").write_text(json.dumps(own))
 
@@ -329,6 +357,8 @@ class DeltawTrainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self._load_weights(folder)
+        if (folder / "controller.pt").is_file():
+            self.controller_state = torch.load(folder / "controller.pt", map_location="cpu", weights_only=True)
         own = json.loads((folder / "deltaw.json").read_text())
         self.tokens_before = own["tokens"]
         self.seconds_before = own["seconds"]
@@ -359,11 +389,27 @@ class DeltawTrainer(transformers.Trainer):
         self.state = state
         self._place_best()
         self._load_from_checkpoint(str(checkpoint))
+        self.take_control()
         if self.args.load_best_model_at_end:
             self._load_best_model()
         if self.args.should_save:
             self._forget_old()
         return True
+
+    # What follows the training.
+
+    def take_control(self) -> None:
+        """Makes the method's controller, where it has one, as the checkpoint left it."""
+        if self.method.control is not None:
+            model = self.accelerator.unwrap_model(self.model)
+            self.controller = self.method.control(model, self.adapter, self.state.max_steps)
+            if self.controller_state is not None:
+                self.controller.load_state_dict(self.controller_state)
+
+    def finish(self) -> None:
+        """Lets the controller bring the adapter to its final form."""
+        if self.controller is not None:
+            self.controller.finish()
 
     # Logs.
 
@@ -399,6 +445,7 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
         self.checked = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.take_control()
         self.trainer.began = time.perf_counter()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -419,6 +466,10 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
             self.trainer.check_moved()
             self.checked = True
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.controller is not None:
+            self.trainer.controller.after_update(state.global_step + 1)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # What is due once an epoch is done at its last step, so that an evaluation always comes before the checkpoint
         # of its step: a run that dies in between measures again when it is resumed.
@@ -431,6 +482,15 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_evaluate = control.should_save = False
+
+
+def _rate_ratios(model: nn.Module, adapter: str) -> dict[int, float]:
+    """Learning rates over the run's, by the parameter's identity; {} where all have the run's own."""
+    found: dict[int, float] = {}
+    for _, _, part in parts_of(model, adapter):
+        ratios = part.rate_ratios() if hasattr(part, "rate_ratios") else {}
+        found |= {id(getattr(part, name)): ratio for name, ratio in ratios.items() if ratio != 1}
+    return found
 
 
 def _loss_of(model: Any, task: str) -> tuple[bool, bool]:
