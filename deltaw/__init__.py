@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "LoRA": "deltaw.methods",
+    "DoRA": "deltaw.methods",
     "NF4": "deltaw.quant",
     "quantize_model": "deltaw.quant",
     "Full": "deltaw.methods",
@@ -42,6 +43,7 @@ _PUBLIC = {
 __all__ = [
     "NF4",
     "DeltawError",
+    "DoRA",
     "Full",
     "InputError",
     "LoRA",
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     )
     from deltaw.core.errors import DeltawError, InputError, RunError
     from deltaw.methods import (
+        DoRA,
         Full,
         LoRA,
         adapt,

@@ -266,8 +266,9 @@ def _saved_paths(model: nn.Module, wanted: Sequence[str]) -> list[str]:
 def _take_dtypes(model: nn.Module, name: str, tensors: dict[str, Tensor], trainable: bool) -> None:
     """Gives an adapter's parameters the dtype that the file has, so that nothing is rounded in loading."""
     for path, _, part in parts_of(model, name):
-        given = [tensors[key] for own in part.tensors() if (key := f"{PREFIX}{path}{own}") in tensors]
-        floating = [tensor.dtype for tensor in given if tensor.is_floating_point()]
+        own = part.tensors()
+        given = {key: tensors[full].dtype for key in own if (full := f"{PREFIX}{path}{key}") in tensors}
+        floating = [dtype for dtype in given.values() if dtype.is_floating_point]
         if not floating:
             continue
         if part.replaces:
@@ -275,6 +276,11 @@ def _take_dtypes(model: nn.Module, name: str, tensors: dict[str, Tensor], traina
         elif trainable:
             floating.append(torch.float32)
         part.to(functools.reduce(torch.promote_types, floating))
+        if not part.replaces and not trainable and len(set(floating)) > 1:
+            # A magnitude is wider than the factors beside it.
+            by_place = {tensor.data_ptr(): given[key] for key, tensor in part.tensors().items() if key in given}
+            for parameter in part.parameters():
+                parameter.data = parameter.data.to(by_place.get(parameter.data_ptr(), parameter.dtype))
 
 
 def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path) -> None:

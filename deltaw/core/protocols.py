@@ -45,8 +45,8 @@ class BaseWeight(Protocol):
 class AbsorbingWeight(BaseWeight, Protocol):
     """A weight stored in few bits, which an update is rounded into."""
 
-    def absorbed(self, A: Tensor, B: Tensor, scale: float) -> BaseWeight:
-        """W + scale B A, rounded to what W is stored in: A (r, in), B (out, r)."""
+    def absorbed(self, A: Tensor, B: Tensor, scale: float, out_scale: Tensor | None = None) -> BaseWeight:
+        """W + scale B A, its rows times out_scale, rounded to what W is stored in: A (r, in), B (out, r)."""
 
 
 def packed_of(parameter: Any) -> BaseWeight | None:

@@ -126,36 +126,51 @@ def lora_linear(
 
 class _AbsorbedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: Any, scale: float) -> Tensor:  # type: ignore[override]
-        merged = base.absorbed(A, B, scale)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, c: Tensor | None, bias: Tensor | None, base: Any, scale: float
+    ) -> Tensor:
+        merged = base.absorbed(A, B, scale, c)
         ctx.merged, ctx.scale = merged, scale
-        ctx.save_for_backward(x, A, B)
         out: Tensor = merged.matmul(x, bias)
+        ctx.save_for_backward(x, A, B, c, bias, None if c is None else out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, A, B = ctx.saved_tensors
-        need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
+        x, A, B, c, bias, y = ctx.saved_tensors
+        need_x, need_A, need_B, need_c, need_bias = ctx.needs_input_grad[:5]
         g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = ctx.merged.t_matmul(grad) if need_x else None
+        dc = None
+        if need_c:
+            shifted = y.view_as(g) if bias is None else y.view_as(g) - bias
+            dc = (g * shifted).sum(0, dtype=torch.float32).to(c.dtype) / c
+        g = g if c is None else g * c.to(g.dtype)
         dA = ((g @ B.to(g.dtype)).mul_(ctx.scale).t() @ flat).to(A.dtype) if need_A else None
         dB = (g.t() @ (flat @ A.to(flat.dtype).t())).mul_(ctx.scale).to(B.dtype) if need_B else None
-        return dx, dA, dB, g.sum(0) if need_bias else None, None, None
+        return dx, dA, dB, dc, grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None, None, None
 
 
 def absorbed_linear(
-    x: Tensor, base: AbsorbingWeight, A: Tensor, B: Tensor, *, scale: float, bias: Tensor | None = None
+    x: Tensor,
+    base: AbsorbingWeight,
+    A: Tensor,
+    B: Tensor,
+    *,
+    scale: float,
+    out_scale: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """X Q(W + scale B A)^T + bias, where Q rounds to what `base` is stored in, and the gradient ignores Q.
 
     The straight-through estimator (Bengio et al., arXiv 1308.3432): dA and dB are those of the unrounded product, dx is
-    exact. Training so for a while makes an adapter that survives its merge. Shapes as for `lora_linear`.
+    exact. Training so for a while makes an adapter that survives its merge. Shapes as for `lora_linear`; `out_scale`
+    (out,), DoRA's, multiplies the rows inside Q, nowhere zero.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    result: Tensor = _AbsorbedLinear.apply(x, A, B, bias, base, scale)
+    result: Tensor = _AbsorbedLinear.apply(x, A, B, out_scale, bias, base, scale)
     return result

@@ -1,5 +1,6 @@
 """The adapter methods, their registry, and the host that puts them on a model."""
 
+from deltaw.methods.dora import DoRA
 from deltaw.methods.full import Full
 from deltaw.methods.host import (
     adapt,
@@ -15,6 +16,7 @@ from deltaw.methods.registry import METHODS, method_of
 
 __all__ = [
     "METHODS",
+    "DoRA",
     "Full",
     "LoRA",
     "adapt",

@@ -7,7 +7,7 @@ Adapting changes no module's class and no key of the base: a module that carries
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, cast
@@ -96,7 +96,8 @@ class AdaptedSite(nn.Module):
         bias: Any = module.bias
         dropouts = set()
         assert self.weight is not None
-        if len(chosen) == 1 and chosen[0][1] == 1 and hasattr(chosen[0][0], "alone"):
+        absorbing = self.weight.packed if self.merge_aware and self.training else None
+        if len(chosen) == 1 and chosen[0][1] == 1 and hasattr(chosen[0][0], "alone") and absorbing is None:
             whole: Tensor = chosen[0][0].alone(x, self.weight, bias)
             return whole
         for part, weight in chosen:
@@ -104,7 +105,7 @@ class AdaptedSite(nn.Module):
             if low is None and shift is None:
                 return None
             if low is not None:
-                if low.out_scale is not None:
+                if low.out_scale is not None and (absorbing is None or len(chosen) > 1 or weight != 1):
                     return None
                 factors.append((low, weight))
                 dropouts.add(part.dropout if part.training else 0.0)
@@ -115,16 +116,18 @@ class AdaptedSite(nn.Module):
             return None
         if not factors:
             return self.weight.matmul(x, bias)
+        out_scale = None
         if len(factors) == 1:
             low, weight = factors[0]
-            A, B, scale = low.A, low.B, low.scale * weight
+            A, B, scale, out_scale = low.A, low.B, low.scale * weight, low.out_scale
         else:
             # Several adapters are one of the summed rank, their scales taken into B.
             A = torch.cat([low.A.to(x.dtype) for low, _ in factors])
             B = torch.cat([low.B.to(x.dtype) * (low.scale * weight) for low, weight in factors], dim=1)
             scale = 1.0
-        if self.merge_aware and self.training and (packed := self.weight.packed) is not None:
-            return absorbed_linear(x, cast(AbsorbingWeight, packed), A, B, scale=scale, bias=bias)
+        if absorbing is not None:
+            packed = cast(AbsorbingWeight, absorbing)
+            return absorbed_linear(x, packed, A, B, scale=scale, out_scale=out_scale, bias=bias)
         return lora_linear(x, self.weight, A, B, scale=scale, bias=bias, dropout=dropouts.pop())
 
 
@@ -304,6 +307,18 @@ def set_merge_aware(model: nn.Module, on: bool) -> None:
     """
     for _, _, site in sites_of(model):
         site.merge_aware = on
+
+
+def set_steady(model: nn.Module, on: bool) -> None:
+    """Whether adapters' parameters stay as they are until this is called again.
+
+    Parts may then keep what depends on them alone (DoRA's norms). Whoever changes a parameter calls this after it.
+    """
+    for _, _, site in sites_of(model):
+        for parts in site.parts.values():
+            for part in cast(Iterable[Any], parts):
+                if hasattr(part, "steady"):
+                    part.steady(on)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

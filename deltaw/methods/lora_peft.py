@@ -1,4 +1,7 @@
-"""LoRA's configuration in PEFT's terms, both ways. A field that cannot be honoured is an error that names it."""
+"""LoRA's and DoRA's configurations in PEFT's terms, both ways; PEFT has them as one.
+
+A field that cannot be honoured is an error that names it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from typing import Any
 from torch import nn
 
 from deltaw.core.errors import InputError
+from deltaw.methods import dora
 from deltaw.methods.contract import Method
+from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA, attach, param_count
 from deltaw.models.targets import shortest_names
 
@@ -78,13 +83,14 @@ _SHAPES: dict[str, Callable[[Any], bool]] = {
     "trainable_token_indices": lambda value: (
         _rows(value) or (isinstance(value, dict) and all(map(_rows, value.values())))
     ),
+    "use_dora": _flag,
     "use_rslora": _flag,
     "lora_bias": _flag,
 }
 
 
 def from_peft(fields: dict[str, Any]) -> LoRA:
-    """PEFT's `LoraConfig` fields as a `LoRA`.
+    """PEFT's `LoraConfig` fields as a `LoRA`, or as a `DoRA` where they say so.
 
     Raises:
         InputError: a field whose value would change the result and is not supported here, by name; all are listed.
@@ -97,7 +103,7 @@ def from_peft(fields: dict[str, Any]) -> LoRA:
             "path_initial_model_for_weight_conversion)"
         )
     for key, value in fields.items():
-        if key in _SAME or key in _INERT or key == "init_lora_weights":
+        if key in _SAME or key in _INERT or key in ("init_lora_weights", "use_dora"):
             continue
         if value not in (None, False, [], {}, ""):
             refused.append(f"{key}={value!r}")
@@ -125,7 +131,7 @@ def from_peft(fields: dict[str, Any]) -> LoRA:
         del given["modules_to_save"]
     if given.get("layers_to_transform") == []:
         del given["layers_to_transform"]
-    return LoRA(**given)
+    return DoRA(**given) if fields.get("use_dora") else LoRA(**given)
 
 
 def to_peft(config: LoRA, model: nn.Module, parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +151,7 @@ def to_peft(config: LoRA, model: nn.Module, parts: Mapping[str, Any]) -> dict[st
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()},
         "use_rslora": config.rslora,
+        "use_dora": isinstance(config, DoRA),
         "bias": config.bias,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -196,4 +203,14 @@ LORA = Method(
     to_peft=to_peft,
     from_peft=from_peft,
     peft_type="LORA",
+)
+
+DORA = Method(
+    name="dora",
+    config=DoRA,
+    scope="site",
+    attach=dora.attach,
+    param_count=dora.param_count,
+    to_peft=to_peft,
+    from_peft=from_peft,
 )

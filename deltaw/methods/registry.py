@@ -8,10 +8,10 @@ from deltaw.core.errors import InputError
 from deltaw.core.registry import Registry
 from deltaw.methods.contract import Method
 from deltaw.methods.full import FULL
-from deltaw.methods.lora_peft import LORA
+from deltaw.methods.lora_peft import DORA, LORA
 
 METHODS: Registry[Method] = Registry("method")
-for _method in (LORA, FULL):
+for _method in (LORA, DORA, FULL):
     METHODS.register(_method.name, _method)
 
 

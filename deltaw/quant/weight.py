@@ -165,10 +165,15 @@ class NF4Weight:
         """G W in the gradient's dtype: (..., out) to (..., in)."""
         return grad @ self.dequantize(dtype=grad.dtype)
 
-    def absorbed(self, A: Tensor, B: Tensor, scale: float) -> NF4Weight:
-        """W + scale B A quantised again, in float32 arithmetic: A (r, in), B (out, r). W as it is computed with."""
+    def absorbed(self, A: Tensor, B: Tensor, scale: float, out_scale: Tensor | None = None) -> NF4Weight:
+        """W + scale B A, its rows times out_scale, quantised again in float32 arithmetic; W as it is computed with.
+
+        Shapes: A (r, in), B (out, r), out_scale (out,).
+        """
         total = self.dequantize().float()
         total.addmm_(B.detach().float(), A.detach().float(), alpha=scale)
+        if out_scale is not None:
+            total.mul_(out_scale.detach().float()[:, None])
         return NF4Weight.quantize(
             total, double_quant=self.double_quant, block_size=self.block_size, dtype=self.dtype, name="a merged weight"
         )

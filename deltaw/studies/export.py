@@ -361,7 +361,7 @@ def _refuse(folder: Path, reasons: Sequence[str]) -> None:
 
 
 def _unserved_features(config: Any) -> list[str]:
-    if not isinstance(config, LoRA):
+    if type(config) is not LoRA:
         return [f"its method is {type(config).__name__}, and vLLM knows LoRA"]
     fields = {
         "bias": config.bias != "none" and config.bias,

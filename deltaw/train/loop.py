@@ -19,7 +19,7 @@ from deltaw.data import Collator
 from deltaw.fuse.attention import FastCpuAttention
 from deltaw.fuse.head import install_loss_head, uninstall_loss_head
 from deltaw.methods import method_of
-from deltaw.methods.host import set_merge_aware
+from deltaw.methods.host import set_merge_aware, set_steady
 from deltaw.train.config import TrainConfig
 from deltaw.train.run_folder import RunFolder, peak_memory_bytes
 from deltaw.train.sharding import shard
@@ -165,6 +165,7 @@ def _prepared(model: Any, config: TrainConfig, task: str, say: Callable[[str], N
     finally:
         del model._ddp_params_and_buffers_to_ignore
         set_merge_aware(model, False)
+        set_steady(model, False)
         uninstall_loss_head(model)
         if config.gradient_checkpointing:
             _checkpointing(model, on=False)

@@ -23,7 +23,7 @@ from deltaw.core.files import sync_folder
 from deltaw.data.encode import IGNORED
 from deltaw.methods import adapter_parameters
 from deltaw.methods.contract import Controller
-from deltaw.methods.host import active_method, parts_of, set_merge_aware
+from deltaw.methods.host import active_method, parts_of, set_merge_aware, set_steady
 from deltaw.quant.paged import PagedAdamW, paged_optimizer
 from deltaw.train.order import StepOrder
 from deltaw.train.run_folder import RunFolder
@@ -444,8 +444,13 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
         self.checked = False
 
+    def _model(self) -> nn.Module:
+        model: nn.Module = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return model
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.take_control()
+        set_steady(self._model(), True)
         self.trainer.began = time.perf_counter()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -457,8 +462,7 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         share = self.trainer.merge_aware
         if share:
-            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            set_merge_aware(model, state.global_step >= round((1 - share) * state.max_steps))
+            set_merge_aware(self._model(), state.global_step >= round((1 - share) * state.max_steps))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_finite()
@@ -469,6 +473,7 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.controller is not None:
             self.trainer.controller.after_update(state.global_step + 1)
+        set_steady(self._model(), True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # What is due once an epoch is done at its last step, so that an evaluation always comes before the checkpoint

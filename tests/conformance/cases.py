@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from deltaw.methods import Full, LoRA
+from deltaw.methods import DoRA, Full, LoRA
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class Case:
 
 def _lora(model: str, *, counted: bool = True, adds: bool = True, **options: Any) -> Case:
     return Case(model, LoRA(**{"r": 4, "alpha": 6.0} | options), counted, adds)
+
+
+def _dora(model: str, *, counted: bool = True, adds: bool = True, **options: Any) -> Case:
+    return Case(model, DoRA(**{"r": 4, "alpha": 6.0} | options), counted, adds)
 
 
 HEADS = ["q_proj", "embed_tokens", "lm_head"]
@@ -68,6 +72,20 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "dropout": _lora("gpt2", dropout=0.3),
         "encoder": _lora("bert-seq", dropout=0.1, counted=False, adds=False, modules_to_save=["classifier"]),
+    },
+    "dora": {
+        "linear": _dora("llama"),
+        "rsdora-gaussian": _dora("qwen3", rslora=True, init="gaussian", target_modules="attention"),
+        "conv1d": _dora("gpt2"),
+        "embedding-and-untied-head": _dora("llama", target_modules=HEADS),
+        "embedding-and-tied-head": _dora("llama-tied", target_modules=HEADS),
+        "scaled-embedding": _dora("gemma3", target_modules=["embed_tokens", "mlp"]),
+        "biased": _dora("llama-bias", rank_pattern={"q_proj": 2}, counted=False),
+        "biases-of-sites": _dora("gpt2", counted=False, bias="lora_only", target_modules="attention"),
+        "tokens": _dora("llama", counted=False, trainable_tokens=[TOKENS[2], TOKENS[0], 4]),
+        "encoder-with-dropout": _dora(
+            "bert-seq", dropout=0.1, counted=False, adds=False, modules_to_save=["classifier"]
+        ),
     },
     "full": {"llama": Case("llama", Full(), counted=False), "gpt2": Case("gpt2", Full(), counted=False)},
 }

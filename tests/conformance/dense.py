@@ -31,9 +31,11 @@ def dense_parameters(model, weights):
             if (low := part.low_rank()) is not None:
                 W = current(path, "weight")
                 delta = low.scale * (low.B.to(W.dtype) @ low.A.to(W.dtype))
+                flipped = delta.shape != W.shape or type(module).__name__ == "Conv1D"
                 if low.out_scale is not None:
-                    delta = low.out_scale[:, None] * (W + delta) - W
-                delta = delta if delta.shape == W.shape and type(module).__name__ != "Conv1D" else delta.t()
+                    own = module.weight.detach().t() if flipped else module.weight.detach()
+                    delta = low.out_scale[:, None].to(W.dtype) * (own + delta) - own
+                delta = delta.t() if flipped else delta
                 if type(module).__name__ == "Embedding" and W.shape[0] == W.shape[1]:
                     raise AssertionError("a square embedding leaves its layout open: use another shape")
                 changed[f"{path}.weight"] = W + weight * delta

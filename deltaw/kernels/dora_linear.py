@@ -1,0 +1,200 @@
+"""DoRA's linear as one autograd function: y = c (x W^T + scale (x A^T) B^T) + b with W frozen and c = m / n by rows.
+
+Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equations 5 and 11: W' = m V / ||V|| with
+V = W + scale B A, and the norm n a constant in the backward pass (section 4.3).
+
+Symbols, T tokens in all: x (..., in), W (out, in), A (r, in), B (out, r), m, n, c, b (out,), g = dL/dy (..., out). With
+h = x A^T, g_c = c g and k = scale g_c B, and z the sum in brackets:
+
+    dA = k^T x      dB = scale g_c^T h      dx = g_c W + k A      dm = sum of g z over tokens, / n      db = sum of g
+
+The norm never forms B A. By rows, with U = W A^T (out, r):
+
+    n^2 = ||W||^2 + 2 scale sum(B U) + scale^2 sum(B (A A^T) B)
+
+z is as large as y and is not kept: it is (y - b) / c, and y is in memory already wherever what follows keeps its input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deltaw.core.protocols import BaseWeight
+from deltaw.kernels.lora_linear import draw_dropout_seed, dropout_mask
+
+#: Elements of W that `squared_row_norms` makes wide at a time.
+_ELEMENTS = 1 << 22
+#: The least |c| in training: z is recovered by dividing by it.
+_LEAST = 1e-6
+
+
+def squared_row_norms(base: BaseWeight) -> Tensor:
+    """||W||^2 by rows of W (out, in), a block at a time: (out,), float32 or wider."""
+    wide = torch.promote_types(base.dtype, torch.float32)
+    rows, columns = base.shape
+    step = max(1, _ELEMENTS // max(columns, 1))
+    blocks = [base.dequantize(slice(i, min(i + step, rows))).to(wide) for i in range(0, rows, step)]
+    return torch.cat([block.square().sum(1) for block in blocks])
+
+
+def row_norms(squared: Tensor, U: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """||W + scale B A|| by rows, by the factored identity.
+
+    Args:
+        squared: ||W||^2 by rows, (out,).
+        U: W A^T, (out, r).
+        A: (r, in).
+        B: (out, r).
+        scale: alpha/r or its like.
+
+    Returns:
+        (out,), in `squared`'s dtype.
+    """
+    A, B, U = A.detach().to(squared.dtype), B.detach().to(squared.dtype), U.detach().to(squared.dtype)
+    # The sum can fall below 0 by rounding where the update cancels the weight.
+    both = torch.addmm(2 * U, B, A @ A.t(), beta=scale, alpha=scale * scale)
+    return ((B * both).sum(1) + squared).clamp_(min=torch.finfo(squared.dtype).tiny).sqrt_()
+
+
+def scaled_rows(z: Tensor, c: Tensor, *, in_place: bool = False) -> Tensor:
+    """Z (T, out) times c (out,), in z's dtype and with c in its own: exact where c is 1."""
+    if z.dtype == c.dtype:
+        return z.mul_(c) if in_place else z * c
+    shift = (c - 1).to(z.dtype)
+    if z.device.type == "cpu" and bool((shift.abs() <= 0.5).all()):
+        # A product of two dtypes makes wide copies on CPUs. z + z (c - 1) keeps c's last bits where c is near 1.
+        return z.addcmul_(z, shift) if in_place else torch.addcmul(z, z, shift)
+    return (z if in_place else z.clone()).mul_(c)
+
+
+class _DoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        m: Tensor,
+        bias: Tensor | None,
+        base: BaseWeight,
+        squared: Tensor,
+        norm: Tensor | None,
+        scale: float,
+        p: float,
+        seed: int,
+    ) -> tuple[Tensor, Tensor]:
+        flat = x.reshape(-1, x.shape[-1])
+        narrow = A.to(x.dtype)
+        if norm is None and bias is None:
+            # One product for x W^T and A W^T: a weight in few bits is decoded once.
+            both = base.matmul(torch.cat([flat, narrow]))
+            out, U = both[: len(flat)], both[len(flat) :].t()
+            norm = row_norms(squared, U, A, B, scale)
+        else:
+            norm = row_norms(squared, base.matmul(narrow).t(), A, B, scale) if norm is None else norm.detach()
+            out = base.matmul(flat, bias)
+        dropped = flat * dropout_mask(flat, p, seed) if p else flat
+        h = dropped @ narrow.t()
+        out.addmm_(h, B.to(x.dtype).t(), alpha=scale)
+        need_A, need_B, need_m = ctx.needs_input_grad[1:4]
+        c = m.to(norm.dtype) / norm
+        if need_m:
+            c = torch.where(c.abs() < _LEAST, torch.full_like(c, _LEAST), c)
+        out = scaled_rows(out, c, in_place=True)
+        if bias is not None:
+            out.sub_(((c - 1) * bias.to(c.dtype)).to(out.dtype))
+        y = out.view(*x.shape[:-1], out.shape[-1])
+        ctx.base, ctx.scale, ctx.p, ctx.seed, ctx.shape = base, scale, p, seed, x.shape
+        ctx.save_for_backward(
+            x if need_A else None, A, B, h if need_B else None, c, norm, y if need_m else None, bias if need_m else None
+        )
+        ctx.m_dtype = m.dtype
+        ctx.mark_non_differentiable(norm)
+        return y, norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, A, B, h, c, norm, y, bias = ctx.saved_tensors
+        need_x, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:5]
+        g = grad.reshape(-1, grad.shape[-1])
+        dx = dA = dB = dm = db = None
+        if need_bias or (need_m and bias is not None):
+            db = g.sum(0)
+        if need_m:
+            total = _summed_products(g, y.view_as(g)).to(c.dtype)
+            if bias is not None and db is not None:
+                total = total - bias.to(c.dtype) * db.to(c.dtype)
+            dm = (total / (c * norm)).to(ctx.m_dtype)
+        g = scaled_rows(g, c)
+        if need_B:
+            dB = (g.t() @ h).mul_(ctx.scale).to(B.dtype)
+        if need_x or need_A:
+            mask = dropout_mask(g.new_empty(()).expand(len(g), ctx.shape[-1]), ctx.p, ctx.seed) if ctx.p else None
+            k = (g @ B.to(g.dtype)).mul_(ctx.scale)
+            if need_A:
+                flat = x.reshape(-1, x.shape[-1])
+                dA = (k.t() @ (flat if mask is None else flat * mask)).to(A.dtype)
+            if need_x:
+                dx = ctx.base.t_matmul(g)
+                if mask is None:
+                    dx.addmm_(k, A.to(k.dtype))
+                else:
+                    dx.addcmul_(k @ A.to(k.dtype), mask)
+                dx = dx.view(ctx.shape)
+        return dx, dA, dB, dm, db if need_bias else None, None, None, None, None, None, None
+
+
+def _summed_products(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a b over rows: two (T, out) to (out,), accumulated in float32 or wider."""
+    return (a * b).sum(0, dtype=torch.promote_types(a.dtype, torch.float32))
+
+
+def dora_linear(
+    x: Tensor,
+    base: BaseWeight,
+    A: Tensor,
+    B: Tensor,
+    magnitude: Tensor,
+    squared: Tensor,
+    *,
+    scale: float,
+    norm: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(m / n) (X W^T + scale (dropout(x) A^T) B^T) + bias, differentiable in x, A, B, m and bias; W is frozen.
+
+    Args:
+        x: (..., in), of the base's dtype.
+        base: the frozen W (out, in).
+        A: (r, in).
+        B: (out, r).
+        magnitude: m, (out,).
+        squared: ||W||^2 by rows, (out,), as `squared_row_norms` gives it.
+        scale: alpha/r or its like.
+        norm: n = ||W + scale B A|| by rows where it is known, (out,); None: it is computed along.
+        bias: (out,) or None.
+        dropout: probability of dropping an entry of x on the low-rank branch only. The norm and the frozen product see
+            all of x; PEFT's drops entries of both products' input.
+
+    Returns:
+        The output (..., out) and n.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        # Autocast chooses a dtype for each operation; only the plain expression lets it.
+        if norm is None:
+            norm = row_norms(squared, base.matmul(A.detach().to(base.dtype)).t(), A, B, scale)
+        z = base.matmul(x) + F.linear(F.linear(F.dropout(x, dropout), A), B) * scale
+        y = z * (magnitude.to(norm.dtype) / norm).to(z.dtype)
+        return (y if bias is None else y + bias), norm
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    seed = draw_dropout_seed() if dropout else 0
+    y, norm = _DoraLinear.apply(x, A, B, magnitude, bias, base, squared, norm, scale, dropout, seed)
+    return y, norm
