@@ -35,7 +35,7 @@ def test_defaults_and_pefts_spellings():
         (dict(lora_dropout=1.0), r"lora_dropout is 1.0: expected a probability in \[0, 1\)"),
         (dict(dropout="x"), "dropout is 'x'"),
         (dict(bias="some"), "bias is 'some'"),
-        (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
+        (dict(init_lora_weights="pisa"), "init_lora_weights is 'pisa'"),
         (dict(init=False), "init is False"),
         (dict(rank_pattern={"q": 0}), "rank_pattern is"),
         (dict(rank_pattern={"(": 1}), "rank_pattern is"),
@@ -143,5 +143,5 @@ def test_a_plain_module_of_torch_can_be_adapted():
     dw.merge(model)
     assert tiny.relative(model(ids), changed) < 1e-5
     assert method_of(dw.LoRA()).name == "lora"
-    with pytest.raises(InputError, match=r"int is no method's configuration: expected one of dw.LoRA, dw.Full"):
+    with pytest.raises(InputError, match=r"int is no method's configuration: expected one of dw.LoRA, "):
         method_of(3)
