@@ -12,6 +12,7 @@ from deltaw.methods.host import (
     unload,
 )
 from deltaw.methods.lora import LoRA
+from deltaw.methods.neftune import NEFTune
 from deltaw.methods.registry import METHODS, method_of
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DoRA",
     "Full",
     "LoRA",
+    "NEFTune",
     "adapt",
     "adapter_names",
     "adapter_parameters",

@@ -9,8 +9,8 @@ What a part trains are its parameters; what it keeps and does not train (LoRA-FA
 some parts have, found by `getattr`:
 
 - `alone(x, base, bias) -> Tensor`: the output of a linear whose only active part this is, in one function.
-- `prepare(module, args, kwargs) -> (args, kwargs)`: changes what the module is called with, and adds nothing to what it
-  gives (prefixes, noise).
+- `prepare(module, args, kwargs) -> (args, kwargs)` and `conclude(out) -> out`, both or neither: change what the module
+  is called with and what it gives, and add no update (prefixes, noise).
 - `rate_ratios() -> {parameter's name in the part: factor}`: learning rates over the run's (LoRA+).
 - `extra_loss() -> Tensor`: a term of the training loss, a number (AdaLoRA's orthogonality).
 """
@@ -117,6 +117,8 @@ class Method:
         scope: what one part sees: a site, a block, or the whole model.
         attach: (model, config, start) to the parts, which the host installs.
         trains_base: the method trains the model's own parameters, so that there is nothing to switch, merge or unload.
+        trains_nothing: the method only changes how others train: it stands beside adapters, full fine-tuning among
+            them, is not one of them, and is neither merged nor saved.
         identity_at_start: the adapted model computes exactly what the base does until training moves it.
         param_count: trainable parameters that one site of shape (out, in) gets.
         to_peft: (configuration, model, the adapter's low-rank parts by path) to the fields of PEFT's
@@ -138,6 +140,7 @@ class Method:
     from_peft: Callable[[dict[str, Any]], Any] | None = None
     peft_type: str | None = None
     trains_base: bool = False
+    trains_nothing: bool = False
     identity_at_start: bool = True
     control: Callable[[nn.Module, str, int], Controller] | None = None
     learning_rate: float = 2e-4

@@ -34,6 +34,8 @@ class AdaptedSite(nn.Module):
         super().__init__()
         self.parts = nn.ModuleDict()
         self.active: dict[str, float] = {}
+        #: Names of what is in force beside the active adapters (noise).
+        self.beside: list[str] = []
         #: Whether training computes with the update rounded into a weight of few bits (`set_merge_aware`).
         self.merge_aware = False
         kind = kind_of(module)
@@ -59,13 +61,27 @@ class AdaptedSite(nn.Module):
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the active adapters' updates added up."""
         chosen = list(self.chosen())
+        around: list[Any] = [part for name in self.beside for part in cast(nn.ModuleList, self.parts[name])]
+        adding: list[tuple[Any, float]] = []
+        for part, weight in chosen:
+            if not hasattr(part, "prepare"):
+                adding.append((part, weight))
+            elif weight == 1:
+                around.append(part)
+            else:
+                raise InputError(f"an active adapter has weight {weight:g}, and its kind knows none but 1")
+        for part in around:
+            args, kwargs = part.prepare(module, args, kwargs)
+        out = self._added(module, adding, args, kwargs)
+        for part in reversed(around):
+            out = part.conclude(out)
+        return out
+
+    def _added(self, module: nn.Module, chosen: list[tuple[Any, float]], args: Any, kwargs: Any) -> Any:
         if not chosen:
             return self.base_forward(module, *args, **kwargs)
         if any(part.replaces for part, _ in chosen):
             return self._replaced(chosen)(*args, **kwargs)
-        for part, _ in chosen:
-            if hasattr(part, "prepare"):
-                args, kwargs = part.prepare(module, args, kwargs)
         if self.fusable and len(args) == 1 and not kwargs and not module.weight.requires_grad:
             fused = self._fused(module, args[0], chosen)
             if fused is not None:
@@ -74,9 +90,8 @@ class AdaptedSite(nn.Module):
         out = base_out
         x = args[0] if args else next(iter(kwargs.values()))
         for part, weight in chosen:
-            if not hasattr(part, "prepare"):
-                update = part.update(x, base_out)
-                out = out + (update if weight == 1 else update * weight)
+            update = part.update(x, base_out)
+            out = out + (update if weight == 1 else update * weight)
         return out
 
     def _replaced(self, chosen: list[tuple[Any, float]]) -> Callable[..., Any]:
@@ -144,9 +159,13 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass
 class Book:
-    """What a model knows of its adapters."""
+    """What a model knows of its adapters.
+
+    `beside` has the names of what trains nothing, to the adapter that it goes with; None: it is always in force.
+    """
 
     configs: dict[str, Any] = field(default_factory=dict)
+    beside: dict[str, str | None] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
     trainable: set[str] = field(default_factory=set)
     was_trainable: set[str] | None = None
@@ -191,7 +210,8 @@ def adapt(
 
     Args:
         model: any module; transformers' models are known by name, others are inspected.
-        config: a method's configuration (`dw.LoRA(...)`, `dw.Full()`).
+        config: a method's configuration (`dw.LoRA(...)`, `dw.Full()`). `dw.NEFTune(...)` is put beside the adapters,
+            in force until it is deleted; as a further entry of a list, whenever the list's first is active.
         name: the adapter's name: letters, digits, `_` and `-`.
         seed: with the site's name, decides the starting values; the global generator is not used.
         dtype: of the new parameters; None means float32, and for `modules_to_save` the module's. Copies of the base's
@@ -208,20 +228,27 @@ def adapt(
     Raises:
         InputError: a target that matches nothing, a name in use, an adapter on a merged model.
     """
+    if isinstance(config, (list, tuple)):
+        return _adapt_with(
+            model, config, name=name, seed=seed, dtype=dtype, trainable=trainable, batches=batches, original=original
+        )
     method = method_of(config)
     book = book_of(model)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise InputError(f"adapter name {name!r}: expected letters, digits, _ and -")
     if hasattr(nn.ModuleDict(), name):
         raise InputError(f"adapter name {name!r} means something to torch's modules: choose another")
-    if name in book.configs:
+    if name in book.configs or name in book.beside:
         raise InputError(f"the model already has an adapter named {name!r}: choose another name, or delete it first")
     if book.merged is not None:
         raise InputError("the model holds a merged adapter: call dw.unmerge(model) before adding another")
-    if any(method_of(other).trains_base for other in book.configs.values()) or (method.trains_base and book.configs):
+    if not method.trains_nothing and book.configs and any(m.trains_base for m in (method, *_methods(book))):
         raise InputError("full fine-tuning trains the base itself and stands alone: use a fresh model for an adapter")
     start = Start(lambda path: generator(seed, "init", path), dtype, batches, original)
     placed = method.attach(model, config, start)
+    if method.trains_nothing:
+        _stand_beside(model, book, name, placed, None)
+        return model
     if book.was_trainable is None:
         book.was_trainable = {key for key, p in model.named_parameters() if p.requires_grad}
     if not method.trains_base:
@@ -234,6 +261,32 @@ def adapt(
         book.trainable.add(name)
     set_adapter(model, name)
     return model
+
+
+def _adapt_with(model: nn.Module, configs: Sequence[Any], *, name: str, **options: Any) -> nn.Module:
+    """The first configuration's adapter, and beside it what the others say, whenever it is active."""
+    methods = [method_of(config) for config in configs]
+    if not methods or methods[0].trains_nothing or not all(method.trains_nothing for method in methods[1:]):
+        listed = ", ".join(method.name for method in methods) or "an empty list"
+        raise InputError(f"adapt was given {listed}: expected one adapter first, and after it only what trains nothing")
+    start = Start(lambda path: generator(options["seed"], "init", path))
+    others = [(m.name, m.attach(model, config, start)) for m, config in zip(methods[1:], configs[1:], strict=True)]
+    adapt(model, configs[0], name=name, **options)
+    for kind, placed in others:
+        _stand_beside(model, book_of(model), f"{name}-{kind}", placed, name)
+    return model
+
+
+def _stand_beside(model: nn.Module, book: Book, name: str, placed: list[Placed], owner: str | None) -> None:
+    model.__dict__["_deltaw"] = book
+    for item in placed:
+        _install(model.get_submodule(item.path), name, item)
+    book.beside[name] = owner
+    set_adapter(model, dict(book.active))
+
+
+def _methods(book: Book) -> list[Method]:
+    return [method_of(config) for config in book.configs.values()]
 
 
 def _freeze_base(model: nn.Module) -> None:
@@ -293,7 +346,9 @@ def set_adapter(model: nn.Module, active: Active) -> None:
     if any(method_of(config).trains_base for config in book.configs.values()) and not weights:
         raise InputError("full fine-tuning changed the base itself: there is no bare base to go back to")
     book.active = weights
+    beside = [name for name, owner in book.beside.items() if owner is None or owner in weights]
     for _, _, site in sites_of(model):
+        site.beside = [name for name in beside if name in site.parts]
         site.active = {name: weight for name, weight in weights.items() if name in site.parts}
         for name, parts in site.parts.items():
             for parameter in parts.parameters():
@@ -324,36 +379,46 @@ def set_steady(model: nn.Module, on: bool) -> None:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Takes one adapter off; with the last one, the model is again exactly what it was."""
     book = book_of(model)
-    if name not in book.configs:
-        raise unknown_name("adapter", name, book.configs)
+    if name not in book.configs and name not in book.beside:
+        raise unknown_name("adapter", name, [*book.configs, *book.beside])
     if book.merged is not None:
         raise InputError("the model holds a merged adapter: call dw.unmerge(model) first")
-    if method_of(book.configs[name]).trains_base:
+    if name in book.configs and method_of(book.configs[name]).trains_base:
         raise InputError("full fine-tuning changed the base itself and cannot be taken off: load the model again")
+    gone = [name, *(other for other, owner in book.beside.items() if owner == name)]
     for _, module, site in list(sites_of(model)):
-        if name in site.parts:
-            del site.parts[name]
-            site.active.pop(name, None)
+        for other in set(gone) & set(site.parts):
+            del site.parts[other]
+            site.active.pop(other, None)
+        site.beside = [other for other in site.beside if other not in gone]
         if not len(site.parts):
             _uninstall(module, site)
-    del book.configs[name]
-    book.active.pop(name, None)
-    book.trainable.discard(name)
+    for other in gone:
+        book.beside.pop(other, None)
+    if book.configs.pop(name, None) is not None:
+        book.active.pop(name, None)
+        book.trainable.discard(name)
     if not book.configs:
         forget(model)
+        if book.beside:
+            book.was_trainable = None
+            model.__dict__["_deltaw"] = book
 
 
 def forget(model: nn.Module) -> None:
     """Closes the book of a model that carries no adapter any more: its parameters want gradients as they did before."""
     book = book_of(model)
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad_(key in (book.was_trainable or ()))
+    if book.was_trainable is not None:
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(key in book.was_trainable)
     del model.__dict__["_deltaw"]
 
 
 def unload(model: nn.Module) -> nn.Module:
     """Takes every adapter off; the base is bit-identical to what it was before."""
     for name in adapter_names(model):
+        delete_adapter(model, name)
+    for name in list(book_of(model).beside):
         delete_adapter(model, name)
     model.__dict__.pop("_deltaw", None)
     return model

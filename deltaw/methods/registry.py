@@ -9,10 +9,14 @@ from deltaw.core.registry import Registry
 from deltaw.methods.contract import Method
 from deltaw.methods.full import FULL
 from deltaw.methods.lora_peft import DORA, LORA
+from deltaw.methods.neftune import NEFTUNE
 
 METHODS: Registry[Method] = Registry("method")
 for _method in (LORA, DORA, FULL):
     METHODS.register(_method.name, _method)
+
+#: What trains nothing and so is no method to train with, only one to put beside another.
+BESIDE = (NEFTUNE,)
 
 
 def method_of(config: Any) -> Method:
@@ -21,8 +25,9 @@ def method_of(config: Any) -> Method:
     Raises:
         InputError: it belongs to none.
     """
-    for name in METHODS:
-        if type(config) is METHODS[name].config:
-            return METHODS[name]
-    known = ", ".join(f"dw.{METHODS[name].config.__name__}" for name in METHODS)
+    methods = [*(METHODS[name] for name in METHODS), *BESIDE]
+    for method in methods:
+        if type(config) is method.config:
+            return method
+    known = ", ".join(f"dw.{method.config.__name__}" for method in methods)
     raise InputError(f"{type(config).__name__} is no method's configuration: expected one of {known}")

@@ -18,7 +18,7 @@ from deltaw.core.protocols import packed_of
 from deltaw.data import Collator
 from deltaw.fuse.attention import FastCpuAttention
 from deltaw.fuse.head import install_loss_head, uninstall_loss_head
-from deltaw.methods import method_of
+from deltaw.methods import NEFTune, adapt, delete_adapter, method_of
 from deltaw.methods.host import set_merge_aware, set_steady
 from deltaw.train.config import TrainConfig
 from deltaw.train.run_folder import RunFolder, peak_memory_bytes
@@ -147,7 +147,7 @@ def fit(
 
 @contextlib.contextmanager
 def _prepared(model: Any, config: TrainConfig, task: str, say: Callable[[str], None]) -> Iterator[None]:
-    """The model as training wants it, and afterwards as it was: its loss head, recomputation, its cache."""
+    """The model as training wants it, and afterwards as it was: noise, its loss head, recomputation, its cache."""
     packed = [name for name, parameter in model.named_parameters() if packed_of(parameter) is not None]
     if config.merge_aware and not packed:
         raise InputError("merge_aware trains through 4-bit weights, and the base has none: give quantize nf4")
@@ -157,6 +157,8 @@ def _prepared(model: Any, config: TrainConfig, task: str, say: Callable[[str], N
     if config.gradient_checkpointing:
         _checkpointing(model, on=True)
     caches = getattr(model.config, "use_cache", None)
+    if config.neftune_alpha:
+        adapt(model, NEFTune(config.neftune_alpha), name="neftune")
     # DDP would broadcast every parameter first, and 4-bit ones are no plain tensors. All processes read the same.
     model._ddp_params_and_buffers_to_ignore = packed
     try:
@@ -167,6 +169,8 @@ def _prepared(model: Any, config: TrainConfig, task: str, say: Callable[[str], N
         set_merge_aware(model, False)
         set_steady(model, False)
         uninstall_loss_head(model)
+        if config.neftune_alpha:
+            delete_adapter(model, "neftune")
         if config.gradient_checkpointing:
             _checkpointing(model, on=False)
         # Trainer turns it off, and a saved model would keep that.
