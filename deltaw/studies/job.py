@@ -34,6 +34,7 @@ from deltaw.methods.host import Summary, active_method, book_of
 from deltaw.models.sites import task_heads
 from deltaw.report import write_report
 from deltaw.studies.rows import RunRows, rows_record, run_rows
+from deltaw.studies.starting import starting_points
 from deltaw.train import RunFolder, TrainConfig
 from deltaw.train.config import make_config, read_yaml
 from deltaw.train.loop import check_setting, fit, is_first_process, local_device
@@ -97,7 +98,7 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
         tokenizer = load_tokenizer(config.model)
         model = load_job_model(config, rows)
         examples, collator, counts = training_examples(config, rows, tokenizer, model)
-        name = add_adapter(model, config)
+        name = add_adapter(model, config, **starting_points(config, model, examples, collator))
         sites = summary(model, name)
         evaluators = _evaluators(config, rows, tokenizer, encoder_decoder=model.config.is_encoder_decoder)
         _describe(run, config, rows, model, sites, counts, evaluators)
@@ -184,8 +185,11 @@ def load_job_model(config: TrainConfig, rows: RunRows) -> Any:
     )
 
 
-def add_adapter(model: Any, config: TrainConfig) -> str:
-    """Puts the run's adapter on the model: a new one, or the one to go on from; a new head is trained along."""
+def add_adapter(model: Any, config: TrainConfig, **start: Any) -> str:
+    """Puts the run's adapter on the model: a new one, or the one to go on from; a new head is trained along.
+
+    `start` is what `starting_points` gives.
+    """
     if config.adapter is not None:
         if isinstance(config.method_config, Full):
             raise InputError("method full trains the model itself and goes on with no adapter: give adapter or full")
@@ -197,7 +201,7 @@ def add_adapter(model: Any, config: TrainConfig) -> str:
         wanted = list(method_config.modules_to_save or ())
         missing = [head for head in heads if head not in wanted]
         method_config = dataclasses.replace(method_config, modules_to_save=[*wanted, *missing])
-    adapt(model, method_config, name="default", seed=config.seed)
+    adapt(model, method_config, name="default", seed=config.seed, **start)
     return adapter_names(model)[-1]
 
 
