@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "LoRA": "deltaw.methods",
+    "AdaLoRA": "deltaw.methods",
+    "to_lora": "deltaw.methods",
     "DoRA": "deltaw.methods",
     "NF4": "deltaw.quant",
     "quantize_model": "deltaw.quant",
@@ -43,6 +45,7 @@ _PUBLIC = {
 
 __all__ = [
     "NF4",
+    "AdaLoRA",
     "DeltawError",
     "DoRA",
     "Full",
@@ -69,6 +72,7 @@ __all__ = [
     "save_model",
     "set_adapter",
     "summary",
+    "to_lora",
     "unload",
     "unmerge",
 ]
@@ -88,6 +92,7 @@ if TYPE_CHECKING:
     )
     from deltaw.core.errors import DeltawError, InputError, RunError
     from deltaw.methods import (
+        AdaLoRA,
         DoRA,
         Full,
         LoRA,
@@ -98,6 +103,7 @@ if TYPE_CHECKING:
         delete_adapter,
         set_adapter,
         summary,
+        to_lora,
         unload,
     )
     from deltaw.quant import NF4, quantize_model

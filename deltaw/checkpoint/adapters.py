@@ -64,7 +64,9 @@ def write_state(
         raise InputError(
             f"{name!r} is {method.name}, which trains the model itself: save the model with dw.save_model(model, path)"
         )
-    empty = next((key for key, tensor in state.items() if not tensor.numel()), None)
+    # A site of rank 0 is written as PEFT writes it.
+    bare = [f"{PREFIX}{path}." for path, _, part in parts_of(model, name) if part.described().get("r") == 0]
+    empty = next((key for key, t in state.items() if not t.numel() and not key.startswith(tuple(bare))), None)
     if empty is not None:
         raise InputError(f"{empty} is empty: gather sharded parameters before saving")
     folder.mkdir(parents=True, exist_ok=True)
@@ -245,9 +247,10 @@ def _exact_modules(model: nn.Module, config: Any) -> Any:
         changes = {"target_modules": paths, **dict.fromkeys(chosen)}
         # PEFT passes over patterns that name nothing; here they are mistakes.
         for field in ("rank_pattern", "alpha_pattern"):
-            patterns = getattr(config, field)
+            patterns = getattr(config, field, {})
             used = {p: value for p, value in patterns.items() if any(pattern_value({p: 1}, path, 0) for path in paths)}
-            changes[field] = used
+            if used != patterns:
+                changes[field] = used
     if wanted := getattr(config, "modules_to_save", None):
         changes["modules_to_save"] = _saved_paths(model, wanted)
     return dataclasses.replace(config, **changes) if changes else config

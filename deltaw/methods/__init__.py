@@ -1,5 +1,7 @@
 """The adapter methods, their registry, and the host that puts them on a model."""
 
+from deltaw.methods.adalora import AdaLoRA
+from deltaw.methods.convert import to_lora
 from deltaw.methods.dora import DoRA
 from deltaw.methods.full import Full
 from deltaw.methods.host import (
@@ -17,6 +19,7 @@ from deltaw.methods.registry import METHODS, method_of
 
 __all__ = [
     "METHODS",
+    "AdaLoRA",
     "DoRA",
     "Full",
     "LoRA",
@@ -28,5 +31,6 @@ __all__ = [
     "method_of",
     "set_adapter",
     "summary",
+    "to_lora",
     "unload",
 ]

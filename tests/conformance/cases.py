@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from deltaw.methods import DoRA, Full, LoRA
+from deltaw.methods import AdaLoRA, DoRA, Full, LoRA
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ def _lora(model: str, *, counted: bool = True, adds: bool = True, **options: Any
 
 def _dora(model: str, *, counted: bool = True, adds: bool = True, **options: Any) -> Case:
     return Case(model, DoRA(**{"r": 4, "alpha": 6.0} | options), counted, adds)
+
+
+def _adalora(model: str, *, counted: bool = True, adds: bool = True, **options: Any) -> Case:
+    return Case(model, AdaLoRA(**{"init_r": 4, "target_r": 2, "alpha": 6.0} | options), counted, adds)
 
 
 HEADS = ["q_proj", "embed_tokens", "lm_head"]
@@ -86,6 +90,15 @@ CASES: dict[str, dict[str, Case]] = {
         "encoder-with-dropout": _dora(
             "bert-seq", dropout=0.1, counted=False, adds=False, modules_to_save=["classifier"]
         ),
+    },
+    "adalora": {
+        "linear": _adalora("llama"),
+        "conv1d": _adalora("gpt2"),
+        "ranks": _adalora("llama", counted=False, rank_pattern={"q_proj": 2, "layers.0.mlp.up_proj": 1}),
+        "biases-of-sites": _adalora("gpt2", counted=False, bias="lora_only", target_modules="attention"),
+        "tokens": _adalora("llama", counted=False, trainable_tokens=[TOKENS[2], TOKENS[0], 4]),
+        "dropout": _adalora("gpt2", dropout=0.3),
+        "encoder": _adalora("bert-seq", dropout=0.1, counted=False, adds=False, modules_to_save=["classifier"]),
     },
     "full": {"llama": Case("llama", Full(), counted=False), "gpt2": Case("gpt2", Full(), counted=False)},
 }
