@@ -121,6 +121,9 @@ def _leading(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _approximately_leading(W: Tensor, r: int, rounds: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    if W.shape[0] < W.shape[1]:
+        V, S, Uh = _approximately_leading(W.t(), r, rounds, generator)
+        return Uh.t(), S, V.t()
     # Drawn on the CPU, so that the start does not depend on the device.
     test = torch.randn(W.shape[1], r, generator=generator, dtype=W.dtype).to(W.device)
     basis = torch.linalg.qr(W @ test)[0]
