@@ -53,8 +53,9 @@ def from_peft(fields: dict[str, Any]) -> AdaLoRA:
         raise InputError("adapter_config.json asks for what deltaw does not have: use_dora with AdaLoRA")
     given = {ours: fields[theirs] for theirs, ours in _OWN.items() if fields.get(theirs) is not None}
     # A schedule that could move no rank says nothing of the adapter.
-    most = given.get("init_r", AdaLoRA.init_r) - 1
-    given["target_r"] = max(min(given.get("target_r", AdaLoRA.target_r), most), 1)
+    init_r, target_r = (given.get(name, getattr(AdaLoRA, name)) for name in ("init_r", "target_r"))
+    if isinstance(init_r, int) and isinstance(target_r, int):
+        given["target_r"] = max(min(target_r, init_r - 1), 1)
     given |= {name: getattr(common, name) for name in _SHARED}
     return AdaLoRA(rank_pattern=_ranks(fields.get("rank_pattern") or {}), **given)
 
