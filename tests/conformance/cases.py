@@ -15,20 +15,22 @@ class Case:
         config: the method's configuration.
         counted: every trained parameter is of a site, so that `param_count` tells the sum.
         adds: several such adapters can be active at once (none trains a whole copy of a module).
+        drawn: the seed decides what some trained parameter starts from.
     """
 
     model: str
     config: Any
     counted: bool = True
     adds: bool = True
+    drawn: bool = True
 
 
-def _lora(model: str, *, counted: bool = True, adds: bool = True, **options: Any) -> Case:
-    return Case(model, LoRA(**{"r": 4, "alpha": 6.0} | options), counted, adds)
+def _lora(model: str, *, counted: bool = True, adds: bool = True, drawn: bool = True, **options: Any) -> Case:
+    return Case(model, LoRA(**{"r": 4, "alpha": 6.0} | options), counted, adds, drawn)
 
 
-def _dora(model: str, *, counted: bool = True, adds: bool = True, **options: Any) -> Case:
-    return Case(model, DoRA(**{"r": 4, "alpha": 6.0} | options), counted, adds)
+def _dora(model: str, *, counted: bool = True, adds: bool = True, drawn: bool = True, **options: Any) -> Case:
+    return Case(model, DoRA(**{"r": 4, "alpha": 6.0} | options), counted, adds, drawn)
 
 
 def _adalora(model: str, *, counted: bool = True, adds: bool = True, **options: Any) -> Case:
@@ -74,6 +76,13 @@ CASES: dict[str, dict[str, Case]] = {
             rank_pattern={"query": 3},
             rslora=True,
         ),
+        "pissa": _lora("llama", init="pissa", drawn=False),
+        "pissa-iterated": _lora("gpt2", init="pissa_niter_2", alpha=2, rslora=True, dropout=0.3, drawn=False),
+        "pissa-embedding-and-tied-head": _lora("llama-tied", init="pissa", target_modules=HEADS, drawn=False),
+        "olora": _lora("gpt2", init="olora", drawn=False),
+        "olora-biased": _lora("llama-bias", init="olora", lora_bias=True, target_modules="mlp", drawn=False),
+        "frozen-a": _lora("llama", freeze_a=True, target_modules=HEADS, drawn=False),
+        "frozen-a-of-the-base": _lora("gpt2", freeze_a=True, init="pissa", drawn=False),
         "dropout": _lora("gpt2", dropout=0.3),
         "encoder": _lora("bert-seq", dropout=0.1, counted=False, adds=False, modules_to_save=["classifier"]),
     },
@@ -87,6 +96,8 @@ CASES: dict[str, dict[str, Case]] = {
         "biased": _dora("llama-bias", rank_pattern={"q_proj": 2}, counted=False),
         "biases-of-sites": _dora("gpt2", counted=False, bias="lora_only", target_modules="attention"),
         "tokens": _dora("llama", counted=False, trainable_tokens=[TOKENS[2], TOKENS[0], 4]),
+        "pissa": _dora("llama", init="pissa", drawn=False),
+        "olora-frozen-a": _dora("gpt2", init="olora", freeze_a=True, counted=False, drawn=False),
         "encoder-with-dropout": _dora(
             "bert-seq", dropout=0.1, counted=False, adds=False, modules_to_save=["classifier"]
         ),
