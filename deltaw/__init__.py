@@ -41,6 +41,10 @@ _PUBLIC = {
     "RunError": "deltaw.core.errors",
     "TrainConfig": "deltaw.train",
     "run_training": "deltaw.studies.job",
+    "shrink": "deltaw.studies.shrinking",
+    "shrink_adapter": "deltaw.studies.shrinking",
+    "rank_advice": "deltaw.studies.shrinking",
+    "combine": "deltaw.studies.combining",
 }
 
 __all__ = [
@@ -59,6 +63,7 @@ __all__ = [
     "adapt",
     "adapter_names",
     "adapter_parameters",
+    "combine",
     "delete_adapter",
     "load_adapter",
     "load_adapters",
@@ -66,11 +71,14 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "quantize_model",
+    "rank_advice",
     "run_training",
     "save_adapter",
     "save_adapters",
     "save_model",
     "set_adapter",
+    "shrink",
+    "shrink_adapter",
     "summary",
     "to_lora",
     "unload",
@@ -107,7 +115,9 @@ if TYPE_CHECKING:
         unload,
     )
     from deltaw.quant import NF4, quantize_model
+    from deltaw.studies.combining import combine
     from deltaw.studies.job import run_training
+    from deltaw.studies.shrinking import rank_advice, shrink, shrink_adapter
     from deltaw.train import TrainConfig
 
 

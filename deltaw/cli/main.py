@@ -28,6 +28,8 @@ COMMANDS = {
     "train": "Train an adapter (or the whole model) on your rows, measured before and after.",
     "evaluate": "Measure a run, a model or an adapter on held-out rows.",
     "merge": "Write adapters into the weights of their base: a folder that plain transformers loads.",
+    "shrink": "Cut an adapter to a lower rank with the error printed, or say which rank to take.",
+    "combine": "Add, subtract, scale and mix adapters into one, with the error printed.",
     "quantize": "Write a model in 4 bits (NF4): a folder that transformers with bitsandbytes loads, and deltaw.",
     "export": "Write a run for transformers, vLLM or bitsandbytes.",
     "report": "Write a run's report.html again.",
