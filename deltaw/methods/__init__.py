@@ -1,6 +1,8 @@
 """The adapter methods, their registry, and the host that puts them on a model."""
 
 from deltaw.methods.adalora import AdaLoRA
+from deltaw.methods.bitfit import BitFit
+from deltaw.methods.bottleneck import Bottleneck
 from deltaw.methods.convert import to_lora
 from deltaw.methods.dora import DoRA
 from deltaw.methods.full import Full
@@ -15,15 +17,19 @@ from deltaw.methods.host import (
 )
 from deltaw.methods.lora import LoRA
 from deltaw.methods.neftune import NEFTune
+from deltaw.methods.prefix import PrefixTuning
 from deltaw.methods.registry import METHODS, method_of
 
 __all__ = [
     "METHODS",
     "AdaLoRA",
+    "BitFit",
+    "Bottleneck",
     "DoRA",
     "Full",
     "LoRA",
     "NEFTune",
+    "PrefixTuning",
     "adapt",
     "adapter_names",
     "adapter_parameters",

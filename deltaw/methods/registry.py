@@ -7,13 +7,16 @@ from typing import Any
 from deltaw.core.errors import InputError
 from deltaw.core.registry import Registry
 from deltaw.methods.adalora_peft import ADALORA
+from deltaw.methods.bitfit import BITFIT
+from deltaw.methods.bottleneck import BOTTLENECK
 from deltaw.methods.contract import Method
 from deltaw.methods.full import FULL
 from deltaw.methods.lora_peft import DORA, LORA
 from deltaw.methods.neftune import NEFTUNE
+from deltaw.methods.prefix import PREFIX
 
 METHODS: Registry[Method] = Registry("method")
-for _method in (LORA, DORA, ADALORA, FULL):
+for _method in (LORA, DORA, ADALORA, FULL, BITFIT, BOTTLENECK, PREFIX):
     METHODS.register(_method.name, _method)
 
 #: What trains nothing and so is no method to train with, only one to put beside another.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from deltaw.methods import AdaLoRA, DoRA, Full, LoRA
+from deltaw.methods import AdaLoRA, BitFit, Bottleneck, DoRA, Full, LoRA, PrefixTuning
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Case:
         counted: every trained parameter is of a site, so that `param_count` tells the sum.
         adds: several such adapters can be active at once (none trains a whole copy of a module).
         drawn: the seed decides what some trained parameter starts from.
+        dense: the adapted model is the plain one with other weights, which a merge can write.
+        recomputes: goes with gradient checkpointing.
     """
 
     model: str
@@ -23,6 +25,8 @@ class Case:
     counted: bool = True
     adds: bool = True
     drawn: bool = True
+    dense: bool = True
+    recomputes: bool = True
 
 
 def _lora(model: str, *, counted: bool = True, adds: bool = True, drawn: bool = True, **options: Any) -> Case:
@@ -110,6 +114,44 @@ CASES: dict[str, dict[str, Case]] = {
         "tokens": _adalora("llama", counted=False, trainable_tokens=[TOKENS[2], TOKENS[0], 4]),
         "dropout": _adalora("gpt2", dropout=0.3),
         "encoder": _adalora("bert-seq", dropout=0.1, counted=False, adds=False, modules_to_save=["classifier"]),
+    },
+    "bitfit": {
+        "linear": Case("llama-bias", BitFit(), counted=False, drawn=False),
+        "conv1d": Case("gpt2", BitFit(), counted=False, drawn=False),
+        "encoder": Case("bert-seq", BitFit(modules_to_save=["classifier"]), counted=False, adds=False, drawn=False),
+        "new-biases": Case("llama", BitFit(add_missing=True), dense=False, drawn=False),
+        "new-biases-of-some": Case(
+            "qwen2",
+            BitFit(add_missing=True, target_modules=["attention"], layers_to_transform=[1]),
+            counted=False,
+            dense=False,
+            drawn=False,
+        ),
+    },
+    "bottleneck": {
+        "linear": Case("llama", Bottleneck(bottleneck_dim=4), dense=False),
+        "conv1d": Case("gpt2", Bottleneck(reduction_factor=4, activation="tanh", dropout=0.3), dense=False),
+        "encoder": Case(
+            "bert-seq",
+            Bottleneck(bottleneck_dim=4, modules_to_save=["classifier"], layers_to_transform=[1]),
+            counted=False,
+            adds=False,
+            dense=False,
+        ),
+        "encoder-decoder": Case("t5", Bottleneck(bottleneck_dim=4, activation="relu"), dense=False),
+        "named": Case("llama", Bottleneck(bottleneck_dim=4, target_modules=["q_proj", "mlp"]), dense=False),
+    },
+    "prefix": {
+        "rotary": Case("llama", PrefixTuning(3), counted=False, dense=False, recomputes=False),
+        "learned-positions": Case("gpt2", PrefixTuning(4), counted=False, dense=False, recomputes=False),
+        "classifier": Case(
+            "llama-seq",
+            PrefixTuning(3, modules_to_save=["score"]),
+            counted=False,
+            adds=False,
+            dense=False,
+            recomputes=False,
+        ),
     },
     "full": {"llama": Case("llama", Full(), counted=False), "gpt2": Case("gpt2", Full(), counted=False)},
 }
