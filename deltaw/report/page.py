@@ -13,6 +13,7 @@ from deltaw.report.charts import Series, line_chart
 from deltaw.report.examples import confusion_section, examples_section, matrices
 from deltaw.report.folder import RunFolder, read_folder
 from deltaw.report.markup import Html, el, join
+from deltaw.report.ranks import ranks_caption, ranks_figures
 from deltaw.report.style import CSS
 from deltaw.report.tables import (
     LOWER_IS_BETTER,
@@ -46,7 +47,7 @@ REPORT = "report.html"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 # Beyond this a diverged loss would overflow the axes' arithmetic.
 DRAWABLE = 1e100
-METHODS = {"lora": "LoRA", "full": "Full fine-tuning"}
+METHODS = {"lora": "LoRA", "adalora": "AdaLoRA", "full": "Full fine-tuning"}
 
 
 def write_report(run_folder: str | os.PathLike[str]) -> Path:
@@ -78,6 +79,7 @@ def page(found: RunFolder) -> str:
         ("curves", "Training curves", curves_section(found.metrics)),
         ("metrics", "Before and after", metrics_section(run)),
         ("confusion", "Confusion matrix", confusion_section(run)),
+        ("ranks", "Rank of every layer", ranks_section(run)),
         ("sites", "Adapted sites", sites_section(run)),
         ("cost", "Cost", cost_section(run)),
         ("data", "Data", data_section(run)),
@@ -135,7 +137,11 @@ def method_name(run: dict[str, Any]) -> str:
     config = part(method, "config")
     name = plain(method.get("name", "unknown method"))
     shown = "rsLoRA" if name == "lora" and config.get("rslora") is True else METHODS.get(name, name)
-    details = [f"{key} {format_count(config[key])}" for key in ("r", "alpha") if number(config.get(key)) is not None]
+    details = [
+        f"{key} {format_count(config[key])}"
+        for key in ("r", "init_r", "target_r", "alpha")
+        if number(config.get(key)) is not None
+    ]
     return ", ".join([shown, *details])
 
 
@@ -382,6 +388,12 @@ def metrics_section(run: dict[str, Any]) -> Html | None:
     if len(lower) in (0, len(names)):
         note = f"{'Lower' if lower else 'Higher'} is better."
     return card(table(rows, f"Metrics on held-out rows. {note}", strong="After"))
+
+
+def ranks_section(run: dict[str, Any]) -> Html | None:
+    """The ranks of all sites as a picture, where they differ."""
+    figures = ranks_figures(run)
+    return card(el("div", figures, cls="grid"), el("p", ranks_caption(run), cls="muted")) if figures else None
 
 
 def sites_section(run: dict[str, Any]) -> Html | None:
