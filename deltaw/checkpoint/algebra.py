@@ -267,8 +267,8 @@ def combined(
     Args:
         adapters: plain LoRA adapters of one base; ranks and scales may differ.
         weights: one each; negative ones subtract.
-        method: one of `COMBINATIONS`. Those on dense updates take a site at a time, up to
-            4 (n + 4) out in + 16 (out in + min(out, in)^2) bytes for n adapters.
+        method: one of `COMBINATIONS`. Those on dense updates take a site at a time, measured at less than
+            4 (n + 16) out in + 16 min(out, in)^2 bytes for n adapters.
         r: rank of `svd` and `*_svd`; None means the highest of the adapters'.
         density: share of the entries that TIES, DARE and magnitude pruning keep, in (0, 1].
         seed: of DARE's draws, with the site and the adapter's place.
