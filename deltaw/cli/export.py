@@ -23,7 +23,7 @@ def export(
         typer.Option(
             metavar="FORM",
             help="hf: the merged model for transformers; bnb: the same in 4 bits for bitsandbytes; "
-            "vllm: the adapter as vLLM serves it beside its base",
+            "vllm: the adapter as vLLM serves it beside its base; lora: the adapter as plain LoRA",
             show_default=False,
         ),
     ] = None,
@@ -48,16 +48,17 @@ def export(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object.")] = False,
 ) -> None:
-    """Write a run for transformers (hf), vLLM or bitsandbytes (bnb).
+    """Write a run for transformers (hf), vLLM or bitsandbytes (bnb), or its adapter as LoRA for all else (lora).
 
     deltaw export runs/x --to hf --output merged
     deltaw export runs/x --to vllm --output served
     deltaw export --adapter A --model M --to bnb --output merged-nf4
+    deltaw export runs/adalora --to lora --output plain
 
     For vLLM every module gets one rank and one scale, as it reads no others; what the adapter computes stays the same.
     """
     if to is None:
-        raise InputError("no form to export to: give --to hf, --to vllm or --to bnb")
+        raise InputError("no form to export to: give --to hf, --to vllm, --to bnb or --to lora")
     if output is None:
         raise InputError("no output: name the folder to write with --output")
     if run is not None and adapter is not None:
@@ -73,6 +74,8 @@ def export(
         print_json(done)
     elif to == "vllm":
         _show_served(done)
+    elif to == "lora":
+        _show_plain(done)
     elif "matrices" in done:
         from deltaw.cli.quantize import show as show_quantized
 
@@ -107,6 +110,23 @@ def _show_served(done: dict[str, Any]) -> None:
         ("Note", done.get("note", "")),
     ]
     print_facts([(name, value) for name, value in facts if value])
+
+
+def _show_plain(done: dict[str, Any]) -> None:
+    from deltaw.report.tables import format_bytes
+
+    low, high = done["ranks"]
+    dropped = [f"{done['dropped']:,} of rank 0 left out"] if done["dropped"] else []
+    facts = [
+        ("Adapter", f"{done['adapter']} ({done['method']})"),
+        ("Base", done["model"]),
+        ("Modules", ", ".join([f"{done['sites']:,}", *dropped])),
+        ("Rank", str(low) if low == high else f"{low} to {high}"),
+        ("Parameters", f"{done['parameters']:,}"),
+        ("Output", done["output"]),
+        ("Size", format_bytes(done["output_bytes"])),
+    ]
+    print_facts(facts)
 
 
 def _show_copied(done: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from deltaw.core.errors import InputError, unknown_name
@@ -96,7 +95,9 @@ def _lora_part(path: str, module: nn.Module, low: LowRank, config: LoRA) -> Lora
     site = Site(path, module, kind, SiteWeight(module, kind))
     options: dict[str, Any] = {"scale": config.scale_of(path), "dropout": config.dropout, "lora_bias": False}
     part = LoraPart(site, r=max(len(low.A), 1), dtype=low.A.dtype, **options)
-    if len(low.A):
-        with torch.no_grad():
-            part.lora_A, part.lora_B = nn.Parameter(low.A.clone()), nn.Parameter(low.B.clone())
+    # Not filled in place: the site's memory may be elsewhere than the factors', or nowhere.
+    A, B = low.A.detach(), low.B.detach()
+    if not len(A):
+        A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1)
+    part.lora_A, part.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
     return part

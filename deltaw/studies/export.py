@@ -28,21 +28,25 @@ from deltaw.checkpoint.quantized import check_savable, quantized_bytes, saved_qu
 from deltaw.core.errors import InputError, unknown_name
 from deltaw.core.files import atomic_folder
 from deltaw.core.protocols import LowRank
-from deltaw.methods import LoRA, adapt, delete_adapter
+from deltaw.methods import AdaLoRA, LoRA, adapt, delete_adapter
 from deltaw.methods.host import parts_of
 from deltaw.models.sites import base_modules, fused_experts, kind_of, output_head, task_heads
 from deltaw.models.sources import resolve
 from deltaw.quant import NF4, NF4Tensor, quantizable, quantized_sites
 from deltaw.studies.catalogue import empty_model
 from deltaw.studies.merged import merge_into, new_folder, one_base, stored_dtype
+from deltaw.studies.plain_lora import made_plain, write_plain
 from deltaw.studies.ship import FinishedRun, model_labels, open_run, run_of_adapter
 from deltaw.train.run_folder import peak_memory_bytes
 
 Say = Callable[[str], None]
 
-TARGETS = ("hf", "vllm", "bnb")
+TARGETS = ("hf", "vllm", "bnb", "lora")
 #: What vLLM's `--max-lora-rank` may be, but for the 1 that only its newer releases take.
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+#: AdaLoRA's tensors, which become LoRA's.
+ADALORA_KEYS = (".lora_A", ".lora_B", ".lora_E")
 
 _HEADS = {"ForSequenceClassification": "sequence-classification", "ForTokenClassification": "token-classification"}
 
@@ -234,11 +238,12 @@ def export_into(
     """Writes what a run made, or an adapter, as another program takes it.
 
     `hf` is the merged model for plain transformers, in the dtype of the base, or 16 bits where that is in 4. `bnb` is
-    the merged model in bitsandbytes' NF4. `vllm` is the adapter as vLLM serves it beside its base.
+    the merged model in bitsandbytes' NF4. `vllm` is the adapter as vLLM serves it beside its base. `lora` is an
+    adapter of another method (AdaLoRA's) as the plain LoRA that computes the same, which everybody reads.
 
     Args:
         output: the folder to write: new, or empty.
-        to: `hf`, `vllm` or `bnb`.
+        to: `hf`, `vllm`, `bnb` or `lora`.
         run: a run folder.
         adapter: an adapter folder, in the place of a run.
         model: the base; None means the one that the run was trained on.
@@ -247,7 +252,8 @@ def export_into(
 
     Returns:
         `to` and, for `vllm`, `command` (what serves it), `name`, `r`, `max_lora_rank`, `padded` and `rescaled`;
-        else what `merge_into` gives or, for a run that trained the whole model, `quantize_into`.
+        for `lora` what `write_plain` gives; else what `merge_into` gives or, for a run that trained the whole model,
+        `quantize_into`.
 
     Raises:
         InputError: no finished run there, a folder that is not empty, for `vllm` what it does not serve.
@@ -266,6 +272,8 @@ def export_into(
     if finished is not None and finished.adapter is None:
         return {"to": to, **_whole_model(output, to, finished, say)}
     base = one_base(model, [finished] if finished else [], [(path, 1.0)])
+    if to == "lora":
+        return {"to": to, **write_plain(output, path, base, finished)}
     if to == "vllm":
         return {"to": to, **_for_vllm(output, path, base, finished, name)}
     into: str | None = "nf4"
@@ -276,6 +284,8 @@ def export_into(
 
 def _whole_model(output: str | os.PathLike[str], to: str, run: FinishedRun, say: Say) -> dict[str, Any]:
     """What a run made that trained the whole model: there is nothing to merge."""
+    if to == "lora":
+        raise InputError(f"the run at {run.path} trained the whole model: there is no adapter to write as LoRA")
     if to == "vllm":
         raise InputError(
             f"the run at {run.path} trained the whole model: vllm serve {shlex.quote(run.model)} serves it as it is"
@@ -322,6 +332,9 @@ def _for_vllm(
     load_adapter(empty, folder, name="original")
     parts = {site: (module, part) for site, module, part in parts_of(empty, "original")}
     _refuse(folder, _unserved_modules(empty, parts))
+    if isinstance(config, AdaLoRA):
+        tensors = made_plain(empty, "original", tensors)
+        parts = {site: (module, part) for site, module, part in parts_of(empty, "original")}
     lows = {site: part.low_rank() for site, (_, part) in parts.items()}
     r, scale, state = _normal_form(lows, tensors, folder)
     delete_adapter(empty, "original")
@@ -361,11 +374,11 @@ def _refuse(folder: Path, reasons: Sequence[str]) -> None:
 
 
 def _unserved_features(config: Any) -> list[str]:
-    if type(config) is not LoRA:
+    if type(config) not in (LoRA, AdaLoRA):
         return [f"its method is {type(config).__name__}, and vLLM knows LoRA"]
     fields = {
         "bias": config.bias != "none" and config.bias,
-        "lora_bias": config.lora_bias,
+        "lora_bias": getattr(config, "lora_bias", False),
         "modules_to_save": config.modules_to_save and list(config.modules_to_save),
         "trainable_tokens": config.trainable_tokens,
     }
@@ -373,7 +386,7 @@ def _unserved_features(config: Any) -> list[str]:
 
 
 def _unserved_tensors(tensors: dict[str, Tensor]) -> list[str]:
-    factors = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+    factors = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", *ADALORA_KEYS)
     known = ("bias", "modules_to_save", "trainable_tokens")
     others = [key for key in sorted(tensors) if not key.endswith(factors) and not any(part in key for part in known)]
     return [f"it carries {others[0].removeprefix(PREFIX)} beside its factors"] if others else []

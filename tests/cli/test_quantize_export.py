@@ -177,7 +177,7 @@ def test_wrong_usage_of_export(here, deltaw, finished):
     alone = shutil.copytree(finished / "adapter", here / "alone")
     earlier, out = digest(finished), ["--output", "out"]
     wrong = [
-        ([finished, *out], "no form to export to: give --to hf, --to vllm or --to bnb"),
+        ([finished, *out], "no form to export to: give --to hf, --to vllm, --to bnb or --to lora"),
         ([finished, "--to", "vlm", *out], "unknown form to export to 'vlm': did you mean 'vllm'?"),
         ([finished, "--to", "hf"], "no output: name the folder to write with --output"),
         (["--to", "hf", *out], "nothing to export: give a run folder, or an adapter (--adapter)"),

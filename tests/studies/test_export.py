@@ -391,7 +391,7 @@ def test_what_cannot_be_exported(place, tmp_path):
             export_into(out, **{"to": "hf", "run": lora} | words)
         assert not out.exists()
 
-    refused("unknown form to export to 'gguf'.*known: bnb, hf, vllm", to="gguf")
+    refused("unknown form to export to 'gguf'.*known: bnb, hf, lora, vllm", to="gguf")
     refused("name is 'x': it is for vllm, and hf takes none", name="x")
     refused("name is 'a=b': expected no spaces", name="a=b", to="vllm")
     refused("nothing to export", run=None)
