@@ -65,7 +65,7 @@ def combine(
 
     deltaw combine --adapter runs/x --adapter runs/y=0.5 --output sum
     deltaw combine --adapter runs/x --adapter runs/y=-1 --r 8 --output difference
-    deltaw combine --adapter runs/x --adapter runs/y --method ties --density 0.2 --output merged
+    deltaw combine --adapter A --adapter B --method ties --density 0.2 --output C
 
     Needs no base. Ranks, scales and targets may differ; a module that an adapter lacks counts as zero there.
     """
