@@ -256,6 +256,7 @@ def perplexity(
     batch_size: int = 16,
     pad_token_id: int,
     masked_lm: bool | None = None,
+    shares: list[tuple[float, float]] | None = None,
 ) -> dict[str, float | int]:
     """The mean negative log-likelihood over every token that carries loss, each token weighing the same.
 
@@ -267,6 +268,7 @@ def perplexity(
         batch_size: examples a forward pass at most; fewer where their logits would not fit into `MAX_LOGITS`.
         pad_token_id: fills the padding.
         masked_lm: whether the model is a masked language model; None goes by its class's name, `...ForMaskedLM`.
+        shares: takes each example's (nats, tokens with loss), in their order.
 
     Returns:
         `loss` (nats a token), `perplexity` (its exponential), `tokens` (how many carried loss).
@@ -287,6 +289,7 @@ def perplexity(
     counts = [sum(token != -100 for token in label) for label in labels]
     budget = MAX_LOGITS // int(model.config.get_text_config().vocab_size)
     total, tokens = 0.0, 0
+    apart = [(0.0, 0.0)] * len(rows)
     with evaluating(model):
         for chosen in _within(length_batches([len(row) for row in rows], batch_size), counts, budget):
             ids, mask = padded([rows[i] for i in chosen], pad_token_id, model.device)
@@ -306,8 +309,14 @@ def perplexity(
             if count:
                 logits = logits_where(model, where, **inputs)
                 truth = target[where].to(logits.device)
-                total += float(functional.cross_entropy(logits, truth, reduction="none").double().sum())
+                nats = functional.cross_entropy(logits, truth, reduction="none").double()
+                total += float(nats.sum())
                 tokens += count
+                sizes = where.sum(1).tolist()
+                for i, part in zip(chosen, nats.cpu().split(sizes), strict=True):
+                    apart[i] = (float(part.sum()), float(len(part)))
+    if shares is not None:
+        shares += apart
     if not tokens:
         raise InputError("no token carries loss: every label is -100 (or has no token before it); check the encoding")
     loss = total / tokens

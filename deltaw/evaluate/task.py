@@ -19,7 +19,14 @@ from deltaw.evaluate.baselines import majority, tag_dictionary, tfidf_logreg
 from deltaw.evaluate.generate import generate_answers
 from deltaw.evaluate.heads import predict_sequence_classes, predict_token_classes
 from deltaw.evaluate.likelihood import label_log_likelihood, perplexity
-from deltaw.evaluate.metrics import classification_metrics, entity_metrics, exact_match, labelled_tags
+from deltaw.evaluate.metrics import (
+    classification_metrics,
+    entity_metrics,
+    entity_spans,
+    exact_match,
+    labelled_tags,
+    normalize_answer,
+)
 
 #: Answers of this many tokens are generated for the examples of a report, where none were asked for.
 _EXAMPLE_TOKENS = 48
@@ -33,11 +40,15 @@ class Evaluation:
         metrics: numbers by name.
         confusion: rows true, columns predicted, in the order of the labels; None where there are no labels.
         answers: the model's answer to each row; None where rows ask for none.
+        main: the metric that `shares` is of.
+        shares: each row's (numerator, denominator) of it: the metric is the sum of the first over that of the second.
     """
 
     metrics: dict[str, float]
     confusion: list[list[int]] | None = None
     answers: list[str] | None = None
+    main: str = "loss"
+    shares: list[tuple[float, float]] | None = None
 
 
 class TaskEvaluator:
@@ -111,14 +122,21 @@ class TaskEvaluator:
         if self.task == "instruct" and self.closed:
             found = self._likelihoods(model)
         else:
-            found = Evaluation(
-                dict(perplexity(model, self.examples, batch_size=self.batch_size, pad_token_id=self.pad))
+            shares: list[tuple[float, float]] = []
+            measured = perplexity(
+                model, self.examples, batch_size=self.batch_size, pad_token_id=self.pad, shares=shares
             )
+            found = Evaluation(dict(measured), shares=shares)
         if not self.max_new_tokens or self.task != "instruct":
             return found
         answers = self._generated(model, self.prompts, self.heads, self.max_new_tokens)
         matches = {k: float(v) for k, v in exact_match(answers, self.references()).items() if k != "n"}
-        return replace(found, metrics=found.metrics | matches, answers=answers)
+        found = replace(found, metrics=found.metrics | matches, answers=answers)
+        if self.closed:
+            return found
+        pairs = zip(answers, self.references(), strict=True)
+        right = [(float(normalize_answer(answer) == normalize_answer(wanted)), 1.0) for answer, wanted in pairs]
+        return replace(found, main="exact_match", shares=right)
 
     # Closed answers.
 
@@ -176,7 +194,9 @@ class TaskEvaluator:
         found: dict[str, Any] = classification_metrics(scores, truth, self.labels)
         confusion = found.pop("confusion")
         metrics = {"loss": loss, **{k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and k != "n"}}
-        return Evaluation(metrics, confusion, [self.labels[int(i)] for i in scores.argmax(1)])
+        best = scores.argmax(1).tolist()
+        right = [(float(guess == true), 1.0) for guess, true in zip(best, truth, strict=True)]
+        return Evaluation(metrics, confusion, [self.labels[i] for i in best], "accuracy", right)
 
     # Heads.
 
@@ -194,7 +214,10 @@ class TaskEvaluator:
         answers = [
             _entities(row.tokens, tags) for row, tags in zip(self.rows, guess, strict=True) if isinstance(row, TagRow)
         ]
-        return Evaluation({name: float(found[name]) for name in ("precision", "recall", "f1")}, answers=answers)
+        metrics = {name: float(found[name]) for name in ("precision", "recall", "f1")}
+        spans = [(entity_spans(gold), entity_spans(tags)) for gold, tags in zip(true, guess, strict=True)]
+        shares = [(2.0 * len(gold & own), float(len(gold) + len(own))) for gold, own in spans]
+        return Evaluation(metrics, answers=answers, main="f1", shares=shares)
 
     # What a report shows.
 
