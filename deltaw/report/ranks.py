@@ -58,7 +58,7 @@ def _figure(stack: str, cells: Cells, top: float, *, titled: bool) -> Html:
     names = _short(kinds)
     # Names stand at 45 degrees where they are wider than a column.
     slanted = max(map(len, names)) * CHARACTER > CELL_WIDTH
-    head = 34 + (math.ceil(max(map(len, names)) * CHARACTER * 0.72) if slanted else 14)
+    head = 44 + (math.ceil(max(map(len, names)) * CHARACTER * 0.72) if slanted else 4)
     room = math.ceil(len(names[-1]) * CHARACTER * 0.72) if slanted else 0
     right, bottom = LEFT + len(kinds) * CELL_WIDTH, head + len(layers) * CELL_HEIGHT
     parts = _legend(top)
