@@ -5,7 +5,8 @@
 One process a system, all alive together; they take a step in turn, round by round, so that a machine whose speed drifts
 slows all of them alike. Tokens/s and memory are medians over the rounds; ratios are medians of the rounds' own ratios.
 A matrix product timed in each round shows the drift. `frozen` is stock transformers with input gradients and no
-optimizer; `full` fine-tunes every weight. `deltaw-qlora` and `peft-qlora` (bitsandbytes) hold the base in 4 bits.
+optimizer; `full` fine-tunes every weight. `deltaw-qlora` and `peft-qlora` (bitsandbytes) hold the base in 4 bits;
+`deltaw-dora`, `peft-qdora` and so on are DoRA.
 """
 
 from __future__ import annotations
@@ -51,24 +52,26 @@ def build(name: str, args: argparse.Namespace):
 
     import deltaw as dw
 
-    if name == "peft-qlora":
+    package, _, method = name.partition("-")
+    four_bits = method.startswith("q")
+    if package == "peft" and four_bits:
         model = quantized_by_bitsandbytes(args)
     else:
-        model = dw.load_model(
-            args.model, dtype=args.dtype, device="cpu", quantize=dw.NF4() if name == "deltaw-qlora" else None
-        )
+        model = dw.load_model(args.model, dtype=args.dtype, device="cpu", quantize=dw.NF4() if four_bits else None)
     model.config.use_cache = False
-    if name in ("deltaw", "deltaw-qlora"):
+    if package == "deltaw":
         from deltaw.fuse.head import install_loss_head
 
-        dw.adapt(model, dw.LoRA(r=RANK, alpha=2 * RANK, target_modules="all-linear"))
+        kind = dw.DoRA if method.endswith("dora") else dw.LoRA
+        dw.adapt(model, kind(r=RANK, alpha=2 * RANK, target_modules="all-linear"))
         objection = install_loss_head(model)
         assert objection is None, objection
-    elif name in ("peft", "peft-qlora"):
+    elif package == "peft":
         from peft import LoraConfig, get_peft_model
 
         model.enable_input_require_grads()
-        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+        options = {"use_dora": method.endswith("dora"), "target_modules": "all-linear"}
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, **options))
     elif name == "frozen":
         for parameter in model.parameters():
             parameter.requires_grad_(False)

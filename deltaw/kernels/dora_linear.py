@@ -12,7 +12,9 @@ The norm never forms B A. By rows, with U = W A^T (out, r):
 
     n^2 = ||W||^2 + 2 scale sum(B U) + scale^2 sum(B (A A^T) B)
 
-z is as large as y and is not kept: it is (y - b) / c, and y is in memory already wherever what follows keeps its input.
+z is as large as y and is not kept: it is (y - b) / c, and y is in memory already wherever what follows keeps its input
+(an activation function, attention's values). Where nothing does, keeping y costs memory, and z may be computed again
+instead, for a third more in products.
 """
 
 from __future__ import annotations
@@ -87,6 +89,7 @@ class _DoraLinear(torch.autograd.Function):
         scale: float,
         p: float,
         seed: int,
+        recompute: bool,
     ) -> tuple[Tensor, Tensor]:
         flat = x.reshape(-1, x.shape[-1])
         narrow = A.to(x.dtype)
@@ -103,16 +106,18 @@ class _DoraLinear(torch.autograd.Function):
         out.addmm_(h, B.to(x.dtype).t(), alpha=scale)
         need_A, need_B, need_m = ctx.needs_input_grad[1:4]
         c = m.to(norm.dtype) / norm
-        if need_m:
+        if need_m and not recompute:
             c = torch.where(c.abs() < _LEAST, torch.full_like(c, _LEAST), c)
         out = scaled_rows(out, c, in_place=True)
         if bias is not None:
             out.sub_(((c - 1) * bias.to(c.dtype)).to(out.dtype))
         y = out.view(*x.shape[:-1], out.shape[-1])
         ctx.base, ctx.scale, ctx.p, ctx.seed, ctx.shape = base, scale, p, seed, x.shape
-        ctx.save_for_backward(
-            x if need_A else None, A, B, h if need_B else None, c, norm, y if need_m else None, bias if need_m else None
-        )
+        again = need_m and recompute
+        kept_y = y if need_m and not recompute else None
+        kept_bias = bias if need_m and not recompute else None
+        kept_x, kept_h = x if need_A or again else None, h if need_B or again else None
+        ctx.save_for_backward(kept_x, A, B, kept_h, c, norm, kept_y, kept_bias)
         ctx.m_dtype = m.dtype
         ctx.mark_non_differentiable(norm)
         return y, norm
@@ -124,9 +129,12 @@ class _DoraLinear(torch.autograd.Function):
         need_x, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:5]
         g = grad.reshape(-1, grad.shape[-1])
         dx = dA = dB = dm = db = None
-        if need_bias or (need_m and bias is not None):
+        if need_bias or bias is not None:
             db = g.sum(0)
-        if need_m:
+        if need_m and y is None:
+            z = ctx.base.matmul(x.reshape(-1, x.shape[-1])).addmm_(h, B.to(h.dtype).t(), alpha=ctx.scale)
+            dm = (_summed_products(g, z).to(c.dtype) / norm).to(ctx.m_dtype)
+        elif need_m:
             total = _summed_products(g, y.view_as(g)).to(c.dtype)
             if bias is not None and db is not None:
                 total = total - bias.to(c.dtype) * db.to(c.dtype)
@@ -147,12 +155,13 @@ class _DoraLinear(torch.autograd.Function):
                 else:
                     dx.addcmul_(k @ A.to(k.dtype), mask)
                 dx = dx.view(ctx.shape)
-        return dx, dA, dB, dm, db if need_bias else None, None, None, None, None, None, None
+        return dx, dA, dB, dm, db if need_bias else None, None, None, None, None, None, None, None
 
 
 def _summed_products(a: Tensor, b: Tensor) -> Tensor:
     """Sum of a b over rows: two (T, out) to (out,), accumulated in float32 or wider."""
-    return (a * b).sum(0, dtype=torch.promote_types(a.dtype, torch.float32))
+    # CPUs accumulate in float32 anyway, and would copy all of it for an output of that dtype.
+    return (a * b).sum(0, dtype=None if a.device.type == "cpu" else torch.promote_types(a.dtype, torch.float32))
 
 
 def dora_linear(
@@ -167,6 +176,7 @@ def dora_linear(
     norm: Tensor | None = None,
     bias: Tensor | None = None,
     dropout: float = 0.0,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(m / n) (X W^T + scale (dropout(x) A^T) B^T) + bias, differentiable in x, A, B, m and bias; W is frozen.
 
@@ -182,6 +192,7 @@ def dora_linear(
         bias: (out,) or None.
         dropout: probability of dropping an entry of x on the low-rank branch only. The norm and the frozen product see
             all of x; PEFT's drops entries of both products' input.
+        recompute: compute z again in the backward pass instead of keeping y.
 
     Returns:
         The output (..., out) and n.
@@ -192,9 +203,9 @@ def dora_linear(
             norm = row_norms(squared, base.matmul(A.detach().to(base.dtype)).t(), A, B, scale)
         z = base.matmul(x) + F.linear(F.linear(F.dropout(x, dropout), A), B) * scale
         y = z * (magnitude.to(norm.dtype) / norm).to(z.dtype)
-        return (y if bias is None else y + bias), norm
+        return (y if bias is None else y + bias.to(y.dtype)), norm
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     seed = draw_dropout_seed() if dropout else 0
-    y, norm = _DoraLinear.apply(x, A, B, magnitude, bias, base, squared, norm, scale, dropout, seed)
+    y, norm = _DoraLinear.apply(x, A, B, magnitude, bias, base, squared, norm, scale, dropout, seed, recompute)
     return y, norm

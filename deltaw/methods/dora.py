@@ -43,6 +43,15 @@ class DoRA(LoRA):
             )
 
 
+def _recomputes(out: int, columns: int) -> bool:
+    """Whether a linear's output is computed again in the backward pass instead of being kept for m's gradient.
+
+    Of a widening one, what follows keeps it anyway; of one that narrows to half or less, it is small and dear. Between
+    the two stand the projections around attention and into the residual stream, which nothing else keeps.
+    """
+    return out <= columns < 2 * out
+
+
 class _EmbeddingWeight:
     """An embedding's (dim, vocab) for norms: reads the stored (vocab, dim) in blocks of its own rows."""
 
@@ -144,6 +153,7 @@ class DoraPart(LoraPart):
             norm=self._kept,
             bias=bias,
             dropout=self.dropout if self.training else 0.0,
+            recompute=_recomputes(*base.shape),
         )
         if self._steady:
             self._kept = norm

@@ -273,6 +273,8 @@ def expanded(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _number(item) for key, item in value.items()}
     if isinstance(value, str):
         try:
             return float(value) if set(value) <= set("0123456789.eE+-") and value[:1].isdigit() else value

@@ -61,7 +61,7 @@ def test_commands_listed_are_those_that_load():
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (["trian"], "unknown command 'trian': did you mean 'train'?"),
+        (["trian"], "unknown command 'trian': did you mean 'train'"),
         (["train", "--methd", "lora"], "unknown option --methd: did you mean --method"),
         (["--versoin"], "unknown option --versoin: did you mean --version?"),
         (["train", "data.jsonl"], "unexpected 'data.jsonl': options are given by name, such as --data data.jsonl"),

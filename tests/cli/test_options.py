@@ -109,6 +109,10 @@ TYPED: dict[str, tuple[object, object]] = {
     "layers_to_transform": (["0,2"], [0, 2]),
     "trainable_tokens": (["5,7"], [5, 7]),
     "init": ("gaussian", "gaussian"),
+    "eva_rho": ("1.5", 1.5),
+    "init_r": ("16", 16),
+    "reduction_factor": ("2.5", 2.5),
+    "activation": ("relu", "relu"),
 }
 BY_KIND = {
     "bool": (True, True),
@@ -127,7 +131,8 @@ def test_a_typed_value_reaches_the_configuration(flag):
         wanted = typed = not next(item.default for item in dataclasses.fields(config) if item.name == flag.name)
     values = given_values(FLAGS, {flag.name: typed})
     assert values == {flag.name: wanted}
-    base = {"data": "x", "batch_size": 64, "micro_batch_size": 1} if "batch" in flag.name else {"data": "x"}
+    base = {"data": "x", "method": flag.owners[0] if flag.owners else "lora"}
+    base |= {"batch_size": 64, "micro_batch_size": 1} if "batch" in flag.name else {}
     made = make_config({**base, **values})
     holder = made.method_config if flag.owners else made
     assert getattr(holder, flag.name) == wanted

@@ -344,7 +344,7 @@ def test_starting_values_follow_the_seed_alone(key):
     torch.rand(3)
     tiny.assert_same(first, started(seed=5))
     other = started(seed=6)
-    assert any(not torch.equal(first[k], other[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first) == ALL[key].drawn
     # Another site more or fewer changes no other's values.
     narrow = {k: v for k, v in started(seed=5, adapter_dtype=torch.bfloat16).items()}
     assert all(torch.equal(first[k].bfloat16(), narrow[k].bfloat16()) for k in first)

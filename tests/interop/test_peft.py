@@ -134,6 +134,20 @@ FIELDS = {
     "t5-tokens": ("t5", dict(target_modules=["q"], trainable_token_indices={"shared": TOKENS})),
     "t5-tokens-list": ("t5", dict(target_modules=["q"], trainable_token_indices=TOKENS)),
     "t5-head": ("t5", dict(target_modules=["q"], modules_to_save=["lm_head"])),
+    "dora": ("llama", dict(target_modules=LLAMA_ALL, use_dora=True)),
+    "dora-patterns": (
+        "llama",
+        dict(target_modules=LLAMA_ALL, use_dora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 9}),
+    ),
+    "rsdora": ("qwen3", dict(target_modules="all-linear", use_dora=True, use_rslora=True)),
+    "dora-biased": ("llama-bias", dict(target_modules=["q_proj", "o_proj"], use_dora=True, bias="lora_only")),
+    "dora-embedding": ("llama", dict(target_modules=["embed_tokens", "q_proj"], use_dora=True)),
+    "dora-head": ("llama-tied", dict(target_modules=["lm_head", "v_proj"], use_dora=True)),
+    "dora-scaled-embedding": ("gemma", dict(target_modules=["embed_tokens", "mlp.up_proj"], use_dora=True)),
+    "dora-gpt2": ("gpt2", dict(target_modules=["c_attn", "c_proj", "c_fc"], use_dora=True, fan_in_fan_out=True)),
+    "dora-bert": ("bert-seq", dict(task_type="SEQ_CLS", target_modules=BERT_ATTENTION, use_dora=True)),
+    "dora-t5": ("t5", dict(target_modules=["q", "v", "wi", "wo"], use_dora=True)),
+    "dora-tokens": ("llama", dict(target_modules=["q_proj"], use_dora=True, trainable_token_indices=TOKENS)),
     "much-at-once": (
         "bert-seq",
         dict(
@@ -283,6 +297,10 @@ OWN = {
     "t5": ("t5", dict(target_modules="attention", layers_to_transform=[0], layers_pattern="block")),
     "t5-tokens": ("t5", dict(target_modules="mlp", trainable_tokens=TOKENS)),
     "defaults": ("mistral", {}),
+    "dora": ("mistral", dict(kind=dw.DoRA)),
+    "dora-conv1d": ("gpt2", dict(kind=dw.DoRA, target_modules="attention", rslora=True, rank_pattern={"c_attn": 2})),
+    "dora-embedding": ("gemma3", dict(kind=dw.DoRA, target_modules=["embed_tokens", "mlp"])),
+    "dora-new-head": ("bert-seq", dict(kind=dw.DoRA, target_modules="qv", modules_to_save=["classifier"])),
 }  # fmt: skip
 
 
@@ -291,7 +309,8 @@ def test_our_folder_in_peft(case, tmp_path):
     from peft import get_peft_model_state_dict
 
     name, fields = OWN[case]
-    model = tiny.randomise(dw.adapt(tiny.tiny(name), dw.LoRA(**{"r": 4} | fields)))
+    kind = {"kind": dw.LoRA} | fields
+    model = tiny.randomise(dw.adapt(tiny.tiny(name), kind.pop("kind")(**{"r": 4} | kind)))
     expected = tiny.logits(model, name)
     dw.save_adapter(model, tmp_path / "a")
     written = load_file(tmp_path / "a" / "adapter_model.safetensors")
@@ -324,6 +343,7 @@ def test_our_configuration_in_pefts_terms(tmp_path):
         "rank_pattern": {},
         "alpha_pattern": {"query": 2.5, "key": 3},
         "use_rslora": False,
+        "use_dora": False,
         "bias": "none",
         "layers_to_transform": None,
         "layers_pattern": None,

@@ -13,7 +13,6 @@ from deltaw.methods.lora_peft import _INERT, _SAME
 
 #: Field: a value that changes what the adapter computes, and that is not supported.
 REFUSED = {
-    "use_dora": True,
     "use_qalora": True,
     "target_parameters": ["experts.gate_up_proj"],
     "layer_replication": [[0, 1], [0, 2]],
@@ -59,7 +58,7 @@ def test_every_field_of_lora_config_is_accounted_for():
     from peft import LoraConfig
 
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert fields <= {*_SAME, *_INERT, *REFUSED, "init_lora_weights"}
+    assert fields <= {*_SAME, *_INERT, *REFUSED, "init_lora_weights", "use_dora"}
     assert set(_SAME).isdisjoint(_INERT) and set(REFUSED).isdisjoint({*_SAME, *_INERT})
 
 
@@ -76,8 +75,8 @@ def test_initialisations_that_change_the_base_are_named(init, folder, tmp_path):
 
 
 def test_several_refusals_come_in_one_line(folder, tmp_path):
-    message = refusal(tiny.tiny("llama"), changed(folder, tmp_path, use_dora=True, from_the_future="yes"))
-    assert "use_dora=True; from_the_future='yes'" in message
+    message = refusal(tiny.tiny("llama"), changed(folder, tmp_path, use_qalora=True, from_the_future="yes"))
+    assert "use_qalora=True; from_the_future='yes'" in message
 
 
 @pytest.mark.parametrize("value", [None, False, [], {}, ""])
@@ -96,7 +95,7 @@ def test_fields_without_effect_pass(field, folder, tmp_path):
     assert len(dw.summary(model).sites) == 4
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "IA3", "ADALORA", None, 3, ["LORA"]])
+@pytest.mark.parametrize("kind", ["LOHA", "IA3", "BONE", None, 3, ["LORA"]])
 def test_another_method_is_named(kind, folder, tmp_path):
     message = refusal(tiny.tiny("llama"), changed(folder, tmp_path, peft_type=kind))
     assert f"peft_type {kind!r} is not supported: expected one of " in message and "LORA" in message
@@ -124,4 +123,6 @@ def test_the_registered_methods_of_peft_are_told_apart_by_type():
     assert len(kinds) == len(set(kinds)) and "LORA" in kinds
     for name in METHODS:
         method = METHODS[name]
-        assert (method.peft_type is None) == (method.to_peft is None) == (method.from_peft is None)
+        assert (method.to_peft is None) == (method.from_peft is None) == method.trains_base
+        # DoRA's files are of the type LORA, and LoRA's reader tells them apart.
+        assert (method.peft_type is None) == (method.trains_base or name == "dora")
