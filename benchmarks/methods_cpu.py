@@ -2,8 +2,8 @@
 
     python benchmarks/methods_cpu.py [--model smollm2-135m] [--rounds 9]
 
-As `cpu_train.py`: one process a system, a step in turn. A ratio is the median over the rounds of a system's seconds over
-those of its LoRA in the same round.
+As `cpu_train.py`: one process a system, a step in turn. A ratio is the median over the rounds of a system's seconds
+over those of its LoRA in the same round.
 """
 
 from __future__ import annotations

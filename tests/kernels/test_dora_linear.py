@@ -175,7 +175,8 @@ def test_what_is_kept_for_the_backward_pass():
     W, given = case(64, 64, 2, (50,), bias=False)
     for recompute, large in ((False, {"x", "y"}), (True, {"x"})):
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        keep = kept.append
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, keep=keep: keep(t) or t, lambda t: t):
             values, y, _ = run(Dense(W), given, 0.5, recompute=recompute)
         found = {id(t): t for t in kept if t.numel() >= 50 * 64}
         names = {"x" if t.data_ptr() == values["x"].data_ptr() else "y" for t in found.values()}
@@ -217,3 +218,24 @@ def test_autocast_chooses_the_dtypes():
     expected = plain(W, **{k: v.double() for k, v in given.items()}, scale=0.5)
     assert (y.double() - expected).norm() < 2e-2 * expected.norm()
     assert all(torch.isfinite(g).all() and g.any() for g in gradients(values, y).values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_on_a_gpu_sixteen_bits_are_off_by_their_rounding(four_bits, recompute):
+    W, given = case(192, 256, 8, (3, 50), bias=True, dtype=torch.bfloat16)
+    given = {k: v.detach() if k in ("x", "bias") else v.detach().float() for k, v in given.items()}
+    device = {k: v.cuda() for k, v in given.items()}
+    base = NF4Weight.quantize(W.cuda()) if four_bits else Dense(W.cuda())
+    values, y, norm = run(base, device, 0.5, recompute=recompute)
+    dense = base.dequantize().cpu().double()
+    wide = {k: v.double().requires_grad_() for k, v in given.items()}
+    expected = plain(dense, **wide, scale=0.5)
+    assert y.dtype == torch.bfloat16 and norm.dtype == torch.float32
+    assert (y.cpu().double() - expected).norm() < 6e-3 * expected.norm()
+    weight = torch.randn(y.shape, generator=generator(1, "weights"), dtype=torch.float64)
+    (y.double() * weight.cuda()).sum().backward()
+    wanted = gradients(wide, expected)
+    for name, value in values.items():
+        assert (value.grad.cpu().double() - wanted[name]).norm() < 1.5e-2 * wanted[name].norm(), name
