@@ -39,7 +39,7 @@ _START = 0.02
 @accepts()
 @dataclass(frozen=True)
 class PrefixTuning:
-    """Trained keys and values before the text, for causal decoders.
+    """Trained keys and values before the text, for decoders and for encoders that attend to a cache (BERT's kind).
 
     Attributes:
         num_virtual_tokens: length of the prefix, at least 1.
@@ -93,9 +93,7 @@ class PrefixPart(nn.Module):
             wanted = getattr(config, "use_cache", False) if wanted is None else wanted
             cache = _dynamic_cache()(config=config) if wanted else None
         elif not isinstance(cache, _dynamic_cache()):
-            raise InputError(
-                f"prefix tuning goes with transformers' DynamicCache, and was given {type(cache).__name__}"
-            )
+            raise InputError(f"prefix tuning needs a DynamicCache, and was given a {type(cache).__name__}")
         past = 0 if cache is None else cache.get_seq_length()
         limit = getattr(config, "max_position_embeddings", None)
         if isinstance(limit, int) and n + past + tokens.shape[1] > limit:
@@ -232,11 +230,11 @@ def _shape_of_cache(model: Any, entry: Any) -> tuple[int, int, int]:
     """Layers, heads and their dimension of the keys and values that a model keeps, found by running one token.
 
     Raises:
-        InputError: no causal decoder, or one whose layers keep something else or differ.
+        InputError: an encoder-decoder, or layers that keep nothing, something else, or differ.
     """
     what = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
-        raise InputError(f"prefix tuning is for causal decoders, and {what} is an encoder-decoder")
+        raise InputError(f"prefix tuning is not for encoder-decoders, and {what} is one: use another method")
     cache = _dynamic_cache()()
     token = torch.zeros(1, 1, dtype=torch.long, device=entry.get_input_embeddings().weight.device)
     try:
@@ -248,7 +246,7 @@ def _shape_of_cache(model: Any, entry: Any) -> tuple[int, int, int]:
         raise InputError(f"{what} takes no cache of keys and values ({type(error).__name__}: {line})") from error
     kept = [(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None]
     if not kept:
-        raise InputError(f"{what} keeps no keys and values: prefix tuning is for causal decoders")
+        raise InputError(f"{what} keeps no keys and values that a prefix could stand before: use another method")
     shapes = {tuple(tensor.shape) for pair in kept for tensor in pair}
     if len(shapes) > 1 or len(kept) < len(cache.layers):
         raise InputError(
@@ -316,7 +314,7 @@ def _from_peft(fields: dict[str, Any]) -> PrefixTuning:
         InputError: a prefix for both halves of an encoder-decoder, or a damaged file.
     """
     if fields.get("num_transformer_submodules") not in (None, 1):
-        raise InputError("adapter_config.json is of an encoder-decoder: prefix tuning is for causal decoders")
+        raise InputError("adapter_config.json is of an encoder-decoder, which prefix tuning does not know")
     if "num_virtual_tokens" not in fields:
         raise InputError("adapter_config.json names no num_virtual_tokens: expected the prefix's length")
     return PrefixTuning(fields["num_virtual_tokens"], modules_to_save=fields.get("modules_to_save") or None)
