@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.errors import InputError
+from deltaw.methods.host import steady
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode without gradients; every module's own mode is restored afterwards.
+    """The model in evaluation mode without gradients, its adapters held steady; all is restored afterwards.
 
     `no_grad`, not `inference_mode`: buffers that a forward pass replaces (rotary frequencies) must stay trainable-with.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), steady(model):
             yield
     finally:
         for module, training in modes:

@@ -12,6 +12,8 @@ some parts have, found by `getattr`:
 - `prepare(module, args, kwargs) -> (args, kwargs)` and `conclude(out) -> out`, both or neither: change what the module
   is called with and what it gives, and add no update (prefixes, noise).
 - `rate_ratios() -> {parameter's name in the part: factor}`: learning rates over the run's (LoRA+).
+- `steady(on)` and `is_steady`: whether W and the part's tensors stay as they are until it is called again, so that what
+  depends on them alone may be kept (DoRA's norms).
 - `extra_loss() -> Tensor`: a term of the training loss, a number (AdaLoRA's orthogonality).
 """
 

@@ -84,7 +84,7 @@ class DoraPart(LoraPart):
         self.magnitude = nn.Parameter(torch.ones(site.shape[0], device=site.weight.device, dtype=wide))
         self._squared: tuple[Any, ...] | None = None
         self._kept: Tensor | None = None
-        self._steady = False
+        self.is_steady = False
 
     def start_magnitude(self) -> None:
         """M as the norm of what the factors make of W now."""
@@ -93,7 +93,7 @@ class DoraPart(LoraPart):
 
     def steady(self, on: bool) -> None:
         """Whether W, A and B stay as they are until this is called again, so that their norm may be kept."""
-        self._steady, self._kept = on, None
+        self.is_steady, self._kept = on, None
 
     @property
     def _weight(self) -> SiteWeight:
@@ -130,7 +130,7 @@ class DoraPart(LoraPart):
         else:
             U = weight.matmul(A.to(weight.dtype)).t()
         made = row_norms(squared, U, A, low.B, low.scale)
-        self._kept = made if self._steady else None
+        self._kept = made if self.is_steady else None
         return made
 
     def low_rank(self) -> LowRank | None:
@@ -155,7 +155,7 @@ class DoraPart(LoraPart):
             dropout=self.dropout if self.training else 0.0,
             recompute=_recomputes(*base.shape),
         )
-        if self._steady:
+        if self.is_steady:
             self._kept = norm
         return y
 

@@ -6,6 +6,7 @@ Adapting changes no module's class and no key of the base: a module that carries
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -369,11 +370,27 @@ def set_steady(model: nn.Module, on: bool) -> None:
 
     Parts may then keep what depends on them alone (DoRA's norms). Whoever changes a parameter calls this after it.
     """
-    for _, _, site in sites_of(model):
-        for parts in site.parts.values():
-            for part in cast(Iterable[Any], parts):
-                if hasattr(part, "steady"):
-                    part.steady(on)
+    for part in _steadied(model):
+        part.steady(on)
+
+
+@contextlib.contextmanager
+def steady(model: nn.Module) -> Iterator[None]:
+    """`set_steady` while a `with` block lasts; afterwards as it was."""
+    before = [(part, part.is_steady) for part in _steadied(model)]
+    set_steady(model, True)
+    try:
+        yield
+    finally:
+        for part, on in before:
+            part.steady(on)
+
+
+def _steadied(model: nn.Module) -> list[Any]:
+    found = [
+        part for _, _, site in sites_of(model) for parts in site.parts.values() for part in cast(Iterable[Any], parts)
+    ]
+    return [part for part in found if hasattr(part, "steady")]
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
