@@ -71,10 +71,15 @@ class Mark:
 
 
 def shape(index: int, x: float, y: float) -> Html:
-    """A method's mark: the shapes change once the colours are used up."""
+    """A method's mark."""
     at = f"translate({x:.1f} {y:.1f})"
     drawn = ("M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z", "M-4.5-4.5h9v9h-9z", "M0-6L5.5 4.5h-11z", "M0-6.5L6 0 0 6.5-6 0z")
-    return el("path", d=drawn[index % len(drawn)], transform=at, cls="mark-k")
+    return el("path", d=drawn[_turn(index, len(drawn))], transform=at, cls="mark-k")
+
+
+def _turn(index: int, count: int) -> int:
+    """Which of a few shapes or dashes goes with a colour: another one each time the colours begin again."""
+    return (index + index // COLOURS) % count
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -167,7 +172,9 @@ def _drawn(mark: Mark, place: Callable[[float, float], tuple[float, float]]) -> 
         kept = thinned([(x, y) for x, y, _ in mark.points])
         line = drawn_path([place(x, y) for x, y in kept if y is not None])
         tip = el("title", mark.name)
-        parts.append(el("path", tip, d=line, cls="line-k", stroke_dasharray=DASHES[mark.index % len(DASHES)] or None))
+        parts.append(
+            el("path", tip, d=line, cls="line-k", stroke_dasharray=DASHES[_turn(mark.index, len(DASHES))] or None)
+        )
         return el("g", parts, cls=f"k{mark.index % COLOURS}")
     for x, y, bar in mark.points:
         cx, cy = place(x, y)
@@ -188,7 +195,7 @@ def _legend(mark: Mark) -> Html:
     if mark.level is not None and not mark.points:
         sample = el("line", cls="level-k", x1=0, x2=30, y1=7, y2=7)
     elif mark.connected:
-        dash = DASHES[mark.index % len(DASHES)] or None
+        dash = DASHES[_turn(mark.index, len(DASHES))] or None
         sample = el("path", d="M0 7h30", cls="line-k", stroke_dasharray=dash)
     else:
         sample = shape(mark.index, 15, 7)

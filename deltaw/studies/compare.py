@@ -15,11 +15,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +73,8 @@ def compare(
     """
     plan = read_plan(file, output=output, parallel=parallel, data_root=data_root, command=command, progress=progress)
     with _locked(Path(plan.output)):
-        failed = earlier_failures(Path(plan.output))
+        told = earlier_failures(Path(plan.output))
+        failed = {name: found for name, found in told.items() if name in plan.cells}
         if not report_only:
             chosen = chosen_cells(plan, only)
             settle(plan, chosen, fresh=fresh)
@@ -184,43 +183,35 @@ def is_done(plan: Plan, cell: Cell) -> bool:
 # Processes.
 
 
-@dataclass
 class _Worker:
-    """A cell's process, its log, and the last line of an error that it wrote."""
+    """A cell's process and its log, which is read while it grows."""
 
-    name: str
-    slot: int
-    process: subprocess.Popen[str]
-    log: Path
-    began: float = field(default_factory=time.perf_counter)
-    error: str = ""
-    reader: threading.Thread | None = None
+    def __init__(self, name: str, slot: int, process: subprocess.Popen[bytes], log: Path, begin: int) -> None:
+        self.name = name
+        self.slot = slot
+        self.process = process
+        self.log = log
+        self.began = time.perf_counter()
+        self.error = ""
+        self._place = begin
 
     def follow(self, tell: Say | None) -> None:
-        """Copies what the process says into the log."""
-
-        def read() -> None:
-            assert self.process.stderr is not None
-            with open(self.log, "a", encoding="utf-8") as log:
-                for line in self.process.stderr:
-                    log.write(line)
-                    log.flush()
-                    if line.startswith("deltaw: "):
-                        self.error = line.removeprefix("deltaw: ").strip()
-                    elif tell is not None:
-                        tell(line.rstrip("\n"))
-
-        self.reader = threading.Thread(target=read, daemon=True)
-        self.reader.start()
+        """Takes note of the whole lines that the process has written since."""
+        with open(self.log, "rb") as log:
+            log.seek(self._place)
+            whole, end, _ = log.read().rpartition(b"\n")
+        self._place += len(whole) + len(end)
+        for line in whole.decode("utf-8", errors="replace").splitlines():
+            if line.startswith("deltaw: "):
+                self.error = line.removeprefix("deltaw: ").strip()
+            elif tell is not None:
+                tell(line)
 
     def close(self) -> int:
         """Waits for the end; the exit code."""
         code = self.process.wait()
-        if self.reader is not None:
-            self.reader.join()
-        for stream in (self.process.stdin, self.process.stderr):
-            if stream is not None:
-                stream.close()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         return code
 
 
@@ -245,7 +236,12 @@ def run_cells(
             while queue and len(running) < plan.parallel:
                 slot = min(set(range(plan.parallel)) - {one.slot for one in running})
                 running.append(_start(plan, queue.popleft(), slot, worker, say))
-            for one in [one for one in running if one.process.poll() is not None]:
+            tell = say if plan.parallel == 1 else None
+            for one in list(running):
+                ended = one.process.poll() is not None
+                one.follow(tell)
+                if not ended:
+                    continue
                 running.remove(one)
                 code = one.close()
                 finished += 1
@@ -263,22 +259,19 @@ def run_cells(
 def _start(plan: Plan, name: str, slot: int, worker: Sequence[str], say: Say) -> _Worker:
     log = Path(plan.output) / "logs" / f"{name.replace('/', '--')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        [*worker, name, plan.output],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        env={**os.environ, **_environment(plan.parallel, slot)},
-        # Ctrl-C is for this process, which then ends the cells one by one.
-        start_new_session=True,
-    )
-    one = _Worker(name, slot, process, log)
-    one.follow(say if plan.parallel == 1 else None)
+    with open(log, "ab") as file:
+        begin = file.tell()
+        process = subprocess.Popen(
+            [*worker, name, plan.output],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            env={**os.environ, **_environment(plan.parallel, slot)},
+            # Ctrl-C is for this process, which then ends the cells one by one.
+            start_new_session=True,
+        )
     say(f"{name}: started")
-    return one
+    return _Worker(name, slot, process, log, begin)
 
 
 def _environment(parallel: int, slot: int) -> dict[str, str]:

@@ -45,8 +45,10 @@ Say = Callable[[str], None]
 PLAN = "plan.json"
 CELL = "cell.json"
 PREDICTIONS = "predictions.jsonl"
-#: Passes over the prompt, and generations, that a latency is the median of; one more of each goes before.
+#: Passes over the prompt, and generations, that a latency is the median of; one more of each goes before. Where they
+#: take long their times vary little, and fewer do.
 _PASSES, _GENERATIONS = 7, 3
+_ENOUGH_S = 10.0
 
 
 def run_cell(output: str | Path, name: str, *, say: Say = lambda line: None) -> dict[str, Any]:
@@ -276,12 +278,22 @@ def latency(model: Any, *, batch: int, prompt: int, tokens: int) -> dict[str, fl
     ids = torch.randint(size, (batch, prompt), generator=generator(0, "latency")).to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with evaluating(model):
-        passes = [_timed(model, inputs) for _ in range(_PASSES + 1)][1:]
-        found = {"prompt_s": statistics.median(passes)}
+        found = {"prompt_s": _median(lambda: [_timed(model, inputs)], _PASSES)}
         if tokens > 1 and model.can_generate() and model.get_output_embeddings() is not None:
-            gaps = [gap for _ in range(_GENERATIONS + 1) for gap in _generation(model, inputs, tokens)]
-            found["token_s"] = statistics.median(gaps[tokens - 1 :])
+            found["token_s"] = _median(lambda: _generation(model, inputs, tokens), _GENERATIONS)
     return found
+
+
+def _median(measure: Callable[[], list[float]], times: int) -> float:
+    """Of what `measure` gives, after one call to warm up, in `times` calls or as many as go into `_ENOUGH_S`."""
+    measure()
+    began = time.perf_counter()
+    found: list[float] = []
+    for _ in range(times):
+        found += measure()
+        if time.perf_counter() - began > _ENOUGH_S:
+            break
+    return statistics.median(found)
 
 
 def _timed(model: Any, inputs: Mapping[str, Any]) -> float:

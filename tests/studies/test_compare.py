@@ -9,6 +9,7 @@ import statistics
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import small_runs
@@ -421,3 +422,19 @@ def test_a_merged_cell_is_the_adapter_s_model(place, finished):
         beside = model(input_ids=ids).logits
         merge(model, mode="requantize", keep_original=False)
         assert torch.allclose(model(input_ids=ids).logits, beside, atol=1e-5)
+
+
+def test_the_shipped_comparison_runs_on_rows_of_its_names(place, tmp_path, in_process):
+    shipped = Path(__file__).parents[2] / "examples" / "compare-financial.yaml"
+    keys = yaml.safe_load(shipped.read_text(encoding="utf-8"))
+    keys |= {"model": str(place / "llama"), "output": str(tmp_path / "out")}
+    # What comes with the package index in real life.
+    keys["forgetting"]["text"] = str(place / "general.txt")
+    for name, count in (("tfns/train", 32), ("tfns/test", 8), ("ner/train", 32), ("ner/test", 8), ("fpb/test", 8)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        small_runs.write_rows(tmp_path / f"{name}.jsonl", small_runs.rows_of("prompt", count, seed=count))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    found = compare(tmp_path / "c.yaml", only=["tfns/base/*", "tfns/lora/seed-0"])
+    assert found["cells"] == {"all": 2 + 2 * 3 * (len(keys["methods"]) - 1), "done": 2}
+    assert group_of(found, "lora", "tfns")["others"].keys() == {"fpb", "ner"}
+    assert [row["label"] for row in found["significance"]] == ["base"]
