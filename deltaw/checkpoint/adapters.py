@@ -43,12 +43,17 @@ def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     stored: set[int] = set()
     for path, _, part in parts_of(model, name):
-        for key, tensor in part.tensors().items():
-            value = whole(tensor).to("cpu").contiguous()
+        for own, tensor in part.tensors().items():
+            key, value = _key(path, own), whole(tensor).to("cpu").contiguous()
             # A tied pair inside a trained copy is written twice, as PEFT does: safetensors takes no shared storage.
-            state[f"{PREFIX}{path}{key}"] = value.clone() if value.data_ptr() in stored else value
+            state[key] = value.clone() if value.data_ptr() in stored else value
             stored.add(value.data_ptr())
     return state
+
+
+def _key(path: str, own: str) -> str:
+    """A tensor's key in the file: after its module's path where it begins with a dot, else as it is."""
+    return f"{PREFIX}{path}{own}" if own.startswith(".") else own
 
 
 def write_state(
@@ -270,7 +275,7 @@ def _take_dtypes(model: nn.Module, name: str, tensors: dict[str, Tensor], traina
     """Gives an adapter's parameters the dtype that the file has, so that nothing is rounded in loading."""
     for path, _, part in parts_of(model, name):
         own = part.tensors()
-        given = {key: tensors[full].dtype for key in own if (full := f"{PREFIX}{path}{key}") in tensors}
+        given = {key: tensors[full].dtype for key in own if (full := _key(path, key)) in tensors}
         floating = [dtype for dtype in given.values() if dtype.is_floating_point]
         if not floating:
             continue
@@ -290,7 +295,7 @@ def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path)
     expected: dict[str, tuple[Any, str, Tensor]] = {}
     for path, _, part in parts_of(model, name):
         for key, tensor in part.tensors().items():
-            expected[f"{PREFIX}{path}{key}"] = (part, key, tensor)
+            expected[_key(path, key)] = (part, key, tensor)
     owned = {key: _base_parameter(model, key) for key in expected if key.endswith(".bias")}
     biases = {id(own): key for key, own in owned.items() if own is not None}
     extra = [

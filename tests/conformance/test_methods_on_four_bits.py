@@ -7,7 +7,7 @@ import tiny
 import torch
 from cases import CASES
 from dense import dense_call
-from test_methods import ADDED, ALL, METHOD, TOLERANCE, assert_close, gradients, loss, loss_of
+from test_methods import ADDED, ALL, DENSE, METHOD, TOLERANCE, assert_close, gradients, loss, loss_of
 
 import deltaw as dw
 from deltaw.checkpoint.adapters import adapter_state
@@ -41,7 +41,7 @@ def build(key, dtype=torch.float32, *, trained=True, config=EVERYTHING, **option
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("key", ADDED)
+@pytest.mark.parametrize("key", DENSE)
 def test_logits_and_gradients_are_those_of_the_dequantised_base(key, dtype):
     name = ALL[key].model
     base = quantized(name, dtype)
