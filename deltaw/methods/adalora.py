@@ -45,7 +45,8 @@ class AdaLoRA:
     """What an AdaLoRA adapter is made of, and how its ranks fall.
 
     PEFT's spellings `lora_alpha`, `lora_dropout`, `trainable_token_indices`, `deltaT` and `total_step` are accepted.
-    The shares of the steps that `tinit` and `tfinal` have by default are about the medians of the paper's on GLUE.
+    The shares of the steps that `tinit` and `tfinal` have by default are about the medians of those that the paper's
+    authors used on the eight tasks of GLUE (0.13 and 0.47).
 
     Attributes:
         init_r: rank that every site begins with.

@@ -145,7 +145,7 @@ class Budget:
         """
         kept = {path: (part.lora_E.detach() != 0).view(-1) for path, part in self.parts.items()}
         left = sum(int(keep.sum()) for keep in kept.values())
-        where = f"ranks fall from step {self.tinit + 1} to step {self.end}, and the run's checkpoints have the weights"
+        where = f"ranks fall from step {self.tinit + 1} to step {self.end}"
         if left == self.first:
             raise RunError(
                 f"no rank has fallen: all {left} singular values are in use in the weights that are kept ({where}): "

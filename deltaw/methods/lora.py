@@ -237,6 +237,13 @@ class LoraPart(nn.Module):
                 if values is not None and (not is_taken_from_base(init) or name == self._random):
                     getattr(self, name).copy_(values)
 
+    def train_as(self, *, freeze_a: bool, rate_ratio: float) -> None:
+        """Takes up how it is trained, which no file says: the options of the constructor."""
+        self.rate_ratio = rate_ratio
+        if freeze_a and isinstance(held := getattr(self, self._random), nn.Parameter):
+            delattr(self, self._random)
+            self.register_buffer(self._random, held.detach())
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of the update; of twice the rank where the start is taken from the base."""
         if self.start_A is None or self.start_B is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from deltaw.checkpoint import load_adapter, load_model, load_tokenizer, save_adapter, save_model
+from deltaw.checkpoint import load_model, load_tokenizer, save_adapter, save_model
 from deltaw.checkpoint.adapters import adapter_state, write_state
 from deltaw.checkpoint.model_files import ModelFacts, model_facts
 from deltaw.checkpoint.quantized import quantized_bytes
@@ -34,10 +34,10 @@ from deltaw.methods.host import Summary, active_method, book_of
 from deltaw.models.sites import task_heads
 from deltaw.report import write_report
 from deltaw.studies.rows import RunRows, rows_record, run_rows
-from deltaw.studies.starting import starting_points
+from deltaw.studies.starting import go_on, starting_points
 from deltaw.train import RunFolder, TrainConfig
 from deltaw.train.config import make_config, read_yaml
-from deltaw.train.loop import check_setting, fit, is_first_process, local_device
+from deltaw.train.loop import check_setting, fit, is_first_process, local_device, optimizer_steps
 from deltaw.train.run_folder import device_record, peak_memory_bytes
 from deltaw.train.sharding import is_sharded, whole_state
 
@@ -99,6 +99,10 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
         model = load_job_model(config, rows)
         examples, collator, counts = training_examples(config, rows, tokenizer, model)
         name = add_adapter(model, config, **starting_points(config, model, examples, collator))
+        control = active_method(model, name).control
+        if control is not None:
+            # Made for its checks: a schedule that cannot work is told before anything is measured.
+            control(model, name, optimizer_steps(config, len(examples)))
         sites = summary(model, name)
         evaluators = _evaluators(config, rows, tokenizer, encoder_decoder=model.config.is_encoder_decoder)
         _describe(run, config, rows, model, sites, counts, evaluators)
@@ -118,7 +122,7 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
             resume=resuming,
             say=say,
         )
-        if active_method(model, name).control is not None:
+        if control is not None:
             # What the method left, which is not what it began with.
             sites = summary(model, name)
             run.record["method"] |= _method_record(model, config, sites)
@@ -193,8 +197,7 @@ def add_adapter(model: Any, config: TrainConfig, **start: Any) -> str:
     if config.adapter is not None:
         if isinstance(config.method_config, Full):
             raise InputError("method full trains the model itself and goes on with no adapter: give adapter or full")
-        load_adapter(model, config.adapter, name="default", trainable=True, active=True)
-        return "default"
+        return go_on(model, config)
     method_config = config.method_config
     heads = [*task_heads(model), *_drawn_poolers(model, config)]
     if heads and not isinstance(method_config, Full):

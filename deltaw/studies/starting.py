@@ -1,7 +1,8 @@
-"""What an adapter of a run may start from: training rows, and the weights from before they were quantised."""
+"""What an adapter of a run starts from: training rows, the weights from before they were quantised, another run's."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.checkpoint import load_adapter
 from deltaw.checkpoint.calibration import on_device
 from deltaw.checkpoint.streaming import StoredTensor, read_folder
 from deltaw.core.errors import InputError
 from deltaw.data import Collator
+from deltaw.methods.host import active_method, book_of, parts_of
+from deltaw.methods.lora import LoRA, LoraPart
 from deltaw.models.sites import site_of
 from deltaw.models.sources import resolve
 from deltaw.train import TrainConfig
@@ -33,12 +37,13 @@ def starting_points(
         collator: for them.
 
     Raises:
-        InputError: a start that does not go with the run's sharding.
+        InputError: a start that does not go with the run's sharding, or with an adapter to go on from.
     """
     method = config.method_config
     init = str(getattr(method, "init", ""))
-    # An adapter to go on from has its values.
     if config.adapter is not None:
+        if init not in ("", "default"):
+            raise InputError(f"init {init} is of new adapters, and {config.adapter} has its values: leave init out")
         return {}
     if init.startswith(("pissa", "olora")) and not method.freeze_a and config.sharding != "none":
         raise InputError(
@@ -49,6 +54,31 @@ def starting_points(
         batches = [collator([dict(row) for row in chosen[i : i + size]]) for i in range(0, len(chosen), size)]
         return {"batches": on_device(model, batches, model.device)}
     return {"original": original_weights(config.model, model)} if init == "loftq" else {}
+
+
+def go_on(model: Any, config: TrainConfig) -> str:
+    """Puts the adapter that a run goes on from on the model, to be trained as the run says; gives its name.
+
+    What it is made of is the folder's; what no folder says, LoRA+'s ratio and LoRA-FA's frozen A, is the run's.
+
+    Raises:
+        InputError: the adapter is of another method than the run's.
+    """
+    assert config.adapter is not None
+    name = "default"
+    load_adapter(model, config.adapter, name=name, trainable=True, active=True)
+    found = active_method(model, name).name
+    if found != config.method:
+        raise InputError(f"{config.adapter} is of method {found}, and method is {config.method}: give method {found}")
+    given = config.method_config
+    if isinstance(given, LoRA):
+        for _, _, part in parts_of(model, name):
+            if isinstance(part, LoraPart):
+                part.train_as(freeze_a=given.freeze_a, rate_ratio=given.loraplus_lr_ratio)
+        options = {"freeze_a": given.freeze_a, "loraplus_lr_ratio": given.loraplus_lr_ratio}
+        configs = book_of(model).configs
+        configs[name] = dataclasses.replace(configs[name], **options)
+    return name
 
 
 def original_weights(source: str, model: Any) -> Callable[[str], Tensor]:

@@ -189,16 +189,20 @@ def _checkpointing(model: Any, *, on: bool) -> None:
         getattr(model, f"{word}_checkpointing_disable")()
 
 
+def optimizer_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps of a run over `rows` encoded rows, as Trainer counts them."""
+    side_by_side = config.micro_batch_size * world_size()
+    per_epoch = max(1, math.ceil(math.ceil(rows / side_by_side) / (config.batch_size // side_by_side)))
+    return config.max_steps or math.ceil(config.epochs * per_epoch)
+
+
 def training_arguments(config: TrainConfig, output: Path, rows: int, device: torch.device, evaluates: bool) -> Any:
     """Trainer's arguments for a run."""
     import transformers
 
     assert config.learning_rate is not None
     check_setting(config)
-    processes = world_size()
-    accumulation = config.batch_size // (config.micro_batch_size * processes)
-    per_epoch = max(1, math.ceil(math.ceil(rows / (config.micro_batch_size * processes)) / accumulation))
-    total = config.max_steps or math.ceil(config.epochs * per_epoch)
+    accumulation = config.batch_size // (config.micro_batch_size * world_size())
     steps: dict[str, Any] = {}
     evaluation = "no" if not evaluates else ("steps" if config.eval_every else "epoch")
     saving = "steps" if config.save_every else "epoch"
@@ -223,7 +227,7 @@ def training_arguments(config: TrainConfig, output: Path, rows: int, device: tor
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule],
-        warmup_steps=math.ceil(config.warmup_ratio * total),
+        warmup_steps=math.ceil(config.warmup_ratio * optimizer_steps(config, rows)),
         optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
         seed=config.seed,
         data_seed=config.seed,

@@ -408,8 +408,12 @@ class DeltawTrainer(transformers.Trainer):
 
     def finish(self) -> None:
         """Lets the controller bring the adapter to its final form."""
-        if self.controller is not None:
+        if self.controller is None:
+            return
+        try:
             self.controller.finish()
+        except RunError as error:
+            raise RunError(f"{error}; the weights are in {self.run_folder.last_checkpoint()}") from None
 
     # Logs.
 
