@@ -109,7 +109,8 @@ def save_adapter(model: nn.Module, path: Path_, *, name: str | None = None, base
 def peft_config(model: nn.Module, name: str, method: Method, config: Any, base_model: str | None) -> dict[str, Any]:
     """The fields of `adapter_config.json`."""
     assert method.to_peft is not None
-    sites = {path: part for path, _, part in parts_of(model, name) if part.low_rank() is not None}
+    # Not by `low_rank`, for which DoRA takes norms: of a sharded one, with processes that are not asked here.
+    sites = {path: part for path, _, part in parts_of(model, name) if any(map(_is_factor, part.tensors()))}
     copies = [path for path, _, part in parts_of(model, name) if part.replaces]
     known = base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return {
@@ -119,6 +120,10 @@ def peft_config(model: nn.Module, name: str, method: Method, config: Any, base_m
         **method.to_peft(config, model, sites),
         "modules_to_save": copies or None,
     }
+
+
+def _is_factor(key: str) -> bool:
+    return key.startswith((".lora_A", ".lora_embedding_A"))
 
 
 def _task_type(model: nn.Module, copies: Sequence[str]) -> str | None:

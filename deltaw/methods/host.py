@@ -472,7 +472,7 @@ class Summary:
         sites: one entry a part.
         trainable_parameters: of this adapter.
         base_parameters: of the model without adapters.
-        adapter_bytes: the adapter's parameters in their dtype.
+        adapter_bytes: of the tensors that are saved, what is not trained included (LoRA-FA's A, PiSSA's start).
         base_bytes: the model's without adapters.
         left_out: parameters that targets of modules cannot reach (fused experts).
     """
@@ -543,10 +543,17 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         sites=sites,
         trainable_parameters=sum(p.numel() for p in parameters.values()),
         base_parameters=sum(p.numel() for p in base.values()),
-        adapter_bytes=sum(stored_bytes(p) for p in parameters.values()),
+        adapter_bytes=_saved_bytes(model, name),
         base_bytes=sum(stored_bytes(p) for p in base.values()),
         left_out=fused_experts(model),
     )
+
+
+def _saved_bytes(model: nn.Module, name: str) -> int:
+    if method_of(book_of(model).configs[name]).trains_base:
+        return sum(stored_bytes(p) for p in adapter_parameters(model, name).values())
+    tensors = [tensor for _, _, part in parts_of(model, name) for tensor in part.tensors().values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def active_method(model: nn.Module, name: str) -> Method:

@@ -138,8 +138,7 @@ def to_peft(config: LoRA, model: nn.Module, parts: Mapping[str, Any]) -> dict[st
     """A `LoRA` as PEFT's `LoraConfig` fields, its targets spelt so that PEFT finds exactly the same modules."""
     from transformers.pytorch_utils import Conv1D
 
-    lows = {path: part.low_rank() for path, part in parts.items()}
-    config = as_measured(config, {path: (low.A.shape[0], low.scale) for path, low in lows.items()})
+    config = as_measured(config, {path: (part.factors()[0].shape[0], part.scale) for path, part in parts.items()})
     sites = list(parts)
     return {
         "peft_type": "LORA",

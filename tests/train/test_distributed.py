@@ -58,6 +58,13 @@ def torchrun(root, jobs, *, gpus=False):
     return [json.loads((root / f"log-{rank}.json").read_text()) for rank in (0, 1)]
 
 
+def ranks_fall(place, output):
+    """Keys of a run of AdaLoRA."""
+    keys = keys_for(place, output, method="adalora", init_r=3, target_r=2, eval_every=8, save_every=8)
+    del keys["r"]
+    return keys
+
+
 def assert_same_run(got, want, *, tolerance):
     """Curves and weights of two runs, up to the order of sums."""
     curve, wanted = small_runs.logged(got), small_runs.logged(want)
@@ -85,6 +92,9 @@ def test_two_processes_are_one_with_twice_the_accumulation(place, tmp_path):
         {"keys": keys_for(place, tmp_path / "nan"), "poison": [1, 3]},
         {"keys": keys_for(place, tmp_path / "two-bert", **bert)},
         {"keys": keys_for(place, tmp_path / "odd", batch_size=6, micro_batch_size=2)},
+        {"keys": ranks_fall(place, tmp_path / "two-adalora")},
+        # Its start is in buffers, which DDP sends to all before every forward pass.
+        {"keys": keys_for(place, tmp_path / "two-pissa", init="pissa")},
     ]
     first, second = torchrun(tmp_path, jobs)
 
@@ -92,7 +102,11 @@ def test_two_processes_are_one_with_twice_the_accumulation(place, tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-4)
     train(**keys_for(place, tmp_path / "one-bert", **bert))
     assert_same_run(tmp_path / "two-bert", tmp_path / "one-bert", tolerance=1e-4)
-    assert "error" not in first[0] | first[5] and "error" not in second[0] | second[5]
+    train(**ranks_fall(place, tmp_path / "one-adalora"))
+    assert_same_run(tmp_path / "two-adalora", tmp_path / "one-adalora", tolerance=1e-3)
+    train(**keys_for(place, tmp_path / "one-pissa", init="pissa"))
+    assert_same_run(tmp_path / "two-pissa", tmp_path / "one-pissa", tolerance=1e-4)
+    assert not any("error" in log[job] for log in (first, second) for job in (0, 5, 7, 8))
 
     # The second process is silent, and writes its random state alone.
     assert first[0]["said"] and not any(job["said"] for job in second)
@@ -117,6 +131,8 @@ def test_sharded_processes_are_one_too(place, tmp_path):
     whole = keys_for(place, tmp_path / "whole", dropout=0.2, sharding="fsdp2", early_stopping=9, eval_every=2)
     half = whole | {"output": str(tmp_path / "half")}
     full = {"method": "full", "learning_rate": 1e-3}
+    # What is frozen of it stays whole, and what depends on data is the same in all processes.
+    dora = {"method": "dora", "init": "eva", "freeze_a": True, "loraplus_lr_ratio": 4.0}
     full_keys = {key: value for key, value in KEYS.items() if key not in ("r", "dropout")}
     data = {"model": str(place / "llama"), "data": str(place / "rows.jsonl"), "eval_data": str(place / "eval.jsonl")}
     jobs = [
@@ -125,9 +141,10 @@ def test_sharded_processes_are_one_too(place, tmp_path):
         {"keys": half, "stop_at": 5},
         {"resume": str(tmp_path / "half")},
         {"keys": full_keys | data | full | {"output": str(tmp_path / "two-full"), "sharding": "fsdp2"}},
+        {"keys": keys_for(place, tmp_path / "two-dora", sharding="fsdp2", **dora)},
     ]
     first, second = torchrun(tmp_path, jobs)
-    assert [job.get("error") for job in first] == [None, None, "Stopped: ", None, None]
+    assert [job.get("error") for job in first] == [None, None, "Stopped: ", None, None, None]
     for job in first + second:
         assert job["share"] == pytest.approx(0.5, abs=0.05)
     train(**keys_for(place, tmp_path / "one"))
@@ -135,6 +152,8 @@ def test_sharded_processes_are_one_too(place, tmp_path):
     assert small_runs.outcome(tmp_path / "half") == small_runs.outcome(tmp_path / "whole")
     train(**full_keys | data | full | {"output": str(tmp_path / "one-full")})
     assert_same_run(tmp_path / "two-full", tmp_path / "one-full", tolerance=1e-4)
+    train(**keys_for(place, tmp_path / "one-dora", **dora))
+    assert_same_run(tmp_path / "two-dora", tmp_path / "one-dora", tolerance=1e-4)
     for job in second:
         assert not job["said"]
         assert all(Path(file).name == "rng_state_1.pth" for file in job["written"]), job["written"]
