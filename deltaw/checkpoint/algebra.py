@@ -148,9 +148,8 @@ def read_stored(path: str | os.PathLike[str]) -> StoredAdapter:
     """
     method, config, tensors = read_adapter(path)
     if not isinstance(config, LoRA):
-        raise InputError(
-            f"{path} is an adapter of {method.name}, not of LoRA: convert it first (deltaw export RUN --to lora)"
-        )
+        mend = "it has no A and B" if method.name != "adalora" else "convert it first (deltaw export RUN --to lora)"
+        raise InputError(f"{path} is an adapter of {method.name}, not of LoRA or DoRA: {mend}")
     fields = json.loads((adapter_folder(path) / CONFIG_FILE).read_text(encoding="utf-8"))
     others, sites, biases, embeddings = dict(tensors), {}, {}, set()
     for embedding, (end_A, end_B) in _FACTOR_KEYS.items():
@@ -235,7 +234,10 @@ def check_cut(
 ) -> None:
     """Raises what `cut` does for options that it cannot take."""
     if (r is None) == (energy is None) and (r is not None or not rank_pattern):
-        raise InputError("which rank? give one of r (the highest rank) and energy (the share to keep, such as 0.99)")
+        got = "neither" if r is None else "both"
+        raise InputError(
+            f"which rank? got {got} of r (the highest rank) and energy (the share to keep, such as 0.99): give one"
+        )
     if energy is not None and not 0 < energy <= 1:
         raise InputError(f"energy is {energy!r}: expected the share to keep, above 0 and at most 1")
     # The rules for ranks are those of the configuration.
@@ -398,7 +400,8 @@ def _check_options(
         LoRA(r=r)
     prunes = method not in ("cat", "svd", "linear")
     if prunes and (density is None or not 0 < density <= 1):
-        raise InputError(f"density is {density!r}: {method} needs the share of entries to keep, above 0 and at most 1")
+        got = "no density" if density is None else f"density is {density!r}"
+        raise InputError(f"{got}: {method} needs the share of entries to keep, above 0 and at most 1")
     if not prunes and density is not None:
         raise InputError(f"{method} drops nothing: leave density out, or take ties, dare_ties or the like")
     dora = next((adapter for adapter in adapters if type(adapter.config) is not LoRA), None)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from deltaw.cli.console import print_facts, print_json, print_table
-from deltaw.cli.merge import _weighted
 from deltaw.cli.pages import EPILOG, Page, new_app
 from deltaw.cli.shrink import error_text, show_errors
 from deltaw.core.errors import InputError
@@ -50,9 +49,11 @@ def combine(
     ] = None,
     density: Annotated[
         str | None,
-        typer.Option(metavar="X", help="share of entries that ties, dare_* and magnitude_* keep.", show_default=False),
+        typer.Option(
+            metavar="X", help="share of entries to keep: for ties, dare_* and magnitude_*.", show_default=False
+        ),
     ] = None,
-    seed: Annotated[str, typer.Option(metavar="N", help="of the entries that dare_* drops.")] = "0",
+    seed: Annotated[str, typer.Option(metavar="N", help="of the entries that dare_* drops. [default: 0]")] = "0",
     model: Annotated[
         str | None,
         typer.Option(
@@ -69,7 +70,7 @@ def combine(
 
     Needs no base. Ranks, scales and targets may differ; a module that an adapter lacks counts as zero there.
     """
-    from deltaw.cli.options import typed_number
+    from deltaw.cli.options import adapter_weight, typed_number
     from deltaw.studies.combining import combine as combine_adapters
 
     if not adapter:
@@ -79,7 +80,7 @@ def combine(
     ranks, seeds = None if r is None else typed_number("--r", r, "int"), typed_number("--seed", seed, "int")
     assert (ranks is None or isinstance(ranks, int)) and isinstance(seeds, int)
     done = combine_adapters(
-        [_weighted(text) for text in adapter],
+        [adapter_weight(text) for text in adapter],
         output,
         method=method,
         r=ranks,

@@ -32,7 +32,7 @@ COMMANDS = {
     "shrink": "Cut an adapter to a lower rank with the error printed, or say which rank to take.",
     "combine": "Add, subtract, scale and mix adapters into one, with the error printed.",
     "quantize": "Write a model in 4 bits (NF4): a folder that transformers with bitsandbytes loads, and deltaw.",
-    "export": "Write a run for transformers, vLLM or bitsandbytes.",
+    "export": "Write a run for transformers, vLLM or bitsandbytes, or its adapter as plain LoRA.",
     "report": "Write a run's report.html again.",
     "models": "List the models that come with deltaw, and the modules that targets would adapt.",
 }

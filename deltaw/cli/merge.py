@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -101,10 +99,10 @@ def merge(
 
     Sums are taken in float32 and rounded once. A base that was trained on in 4 bits is merged as it was then.
     """
-    from deltaw.cli.options import split_commas, typed_number
+    from deltaw.cli.options import adapter_weight, split_commas, typed_number
 
-    named = [_weighted(run)] if run is not None else []
-    named += [_weighted(text) for text in adapter or ()]
+    named = [adapter_weight(run)] if run is not None else []
+    named += [adapter_weight(text) for text in adapter or ()]
     if not named:
         raise InputError("nothing to merge: give a run folder, or --model with --adapter")
     if output is None:
@@ -188,13 +186,3 @@ def _show_layers(done: dict[str, Any], count: int = 5) -> None:
     }
     rows = [row(f"median of {len(layers)}", middle), *(row(name, errors) for name, errors in layers[:count])]
     print_table(f"Layers' outputs after {done['mode']}, {inputs}; the worst {min(count, len(layers))}", [head, *rows])
-
-
-def _weighted(text: str) -> tuple[str, float]:
-    """`FOLDER=0.3` as a folder and a weight; a folder whose own name has an `=` is taken as it is."""
-    path, equals, weight = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return text, 1.0
-    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", weight):
-        raise InputError(f"--adapter is {text!r}: expected FOLDER or FOLDER=WEIGHT, with a number as weight")
-    return path, float(weight)

@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -265,25 +266,44 @@ def _value(flag: Flag, option: str, value: Any) -> Any:
     entries = [part.strip() for text in value for part in split_commas(text)]
     if flag.kind == "rows" and not any("=" in entry for entry in entries):
         return [_item(option, entry, flag.item) for entry in entries]
+    if flag.kind == "pairs":
+        return pairs(option, entries, flag.item)
     if flag.kind == "list":
         made = [_item(option, entry, flag.item) for entry in entries]
         return made[0] if flag.name == "target_modules" and len(made) == 1 else made
-    pairs: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     for entry in entries:
+        if "=" not in entry and rows:
+            rows[next(reversed(rows))].append(_item(option, entry, flag.item))
+        else:
+            rows |= {name: [made] for name, made in pairs(option, [entry], flag.item).items()}
+    return rows
+
+
+def pairs(option: str, texts: Iterable[str], kind: type) -> dict[str, Any]:
+    """`KEY=VALUE`, several between commas or given again, as a dictionary of values of `kind`."""
+    found: dict[str, Any] = {}
+    for entry in (part.strip() for text in texts for part in split_commas(text)):
         name, equals, text = entry.partition("=")
-        if flag.kind == "rows" and not equals and pairs:
-            pairs[next(reversed(pairs))].append(_item(option, entry, flag.item))
-            continue
         if not equals or not name:
             raise InputError(f"{option} is {entry!r}: expected KEY=VALUE")
-        made = _item(option, text, flag.item)
-        pairs[name] = [made] if flag.kind == "rows" else made
-    return pairs
+        found[name] = _item(option, text, kind)
+    return found
 
 
 def split_commas(text: str) -> list[str]:
     """The parts between commas that stand outside brackets, so that a regular expression keeps its own."""
     return re.split(r",(?![^(\[{]*[)\]}])", text)
+
+
+def adapter_weight(text: str) -> tuple[str, float]:
+    """`FOLDER=0.3` as a folder and a weight, 1 by default; a folder whose own name has an `=` is taken as it is."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    if not path or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", weight):
+        raise InputError(f"--adapter is {text!r}: expected FOLDER or FOLDER=WEIGHT, with a number as weight")
+    return path, float(weight)
 
 
 def _item(option: str, text: str, kind: type) -> Any:

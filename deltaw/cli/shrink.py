@@ -38,6 +38,14 @@ def shrink(
             show_default=False,
         ),
     ] = None,
+    rank_pattern: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="name or regular expression = highest rank, for modules whose rank differs; several between commas.",
+            show_default=False,
+        ),
+    ] = None,
     advise: Annotated[
         bool, typer.Option("--advise", help="write nothing: say which rank the adapter needs, or guides advise.")
     ] = False,
@@ -68,17 +76,20 @@ def shrink(
 
     deltaw shrink runs/x --r 4 --output small
     deltaw shrink runs/x --energy 0.99 --output small
+    deltaw shrink runs/x --r 8 --rank-pattern q_proj=2,k_proj=2 --output small
     deltaw shrink runs/x --advise
     deltaw shrink --advise --model smollm2-135m --task light
 
     Needs no base, except to measure. The folder is in PEFT's layout, with ranks by site where they differ.
     """
-    from deltaw.cli.options import typed_number
+    from deltaw.cli.options import pairs, typed_number
 
     rank = None if r is None else typed_number("--r", r, "int")
     share = None if energy is None else float(typed_number("--energy", energy, "float"))
+    patterns = None if rank_pattern is None else pairs("--rank-pattern", rank_pattern, int)
     assert rank is None or isinstance(rank, int)
-    given = {"--output": output, "--r": r, "--measure": measure or None, "--device": device}
+    given: dict[str, Any] = {"--output": output, "--r": r, "--rank-pattern": rank_pattern, "--device": device}
+    given["--measure"] = measure or None
     if advise:
         _refuse(given, "--advise writes and measures nothing")
         if adapter is None:
@@ -102,7 +113,16 @@ def shrink(
     from deltaw.studies.shrinking import shrink_adapter
 
     with Say() as say:
-        done = shrink_adapter(adapter, output, r=rank, energy=share, measure=measure, changes=changes, say=say)
+        done = shrink_adapter(
+            adapter,
+            output,
+            r=rank,
+            energy=share,
+            rank_pattern=patterns,
+            measure=measure,
+            changes=changes,
+            say=say,
+        )
     print_json(done) if json else _show(done)
 
 

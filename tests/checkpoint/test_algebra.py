@@ -293,7 +293,7 @@ def test_base_weights_that_peft_wrote_along_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "ties"}, "density is None: ties needs the share"),
+        ({"method": "ties"}, "no density: ties needs the share"),
         ({"method": "dare_linear", "density": 0.0}, "density is 0.0: dare_linear needs"),
         ({"method": "magnitude_prune", "density": 1.5}, "density is 1.5"),
         ({"method": "svd", "density": 0.5}, "svd drops nothing: leave density out"),
@@ -331,8 +331,10 @@ def test_refused_pairs(tmp_path):
     with pytest.raises(InputError, match=r"name different bases \(m1, m2\): name the one to write with --model"):
         combined(named, [1.0, 1.0])
     assert combined(named, [1.0, 1.0], base_model="m2")[0].fields["base_model_name_or_path"] == "m2"
-    with pytest.raises(InputError, match="is an adapter of adalora, not of LoRA: convert it first"):
+    with pytest.raises(InputError, match="is an adapter of adalora, not of LoRA or DoRA: convert it first"):
         read_stored(made(tmp_path / "5", "llama", dw.AdaLoRA(init_r=4, target_r=2))[0])
+    with pytest.raises(InputError, match="is an adapter of prefix, not of LoRA or DoRA: it has no A and B"):
+        read_stored(made(tmp_path / "6", "llama", dw.PrefixTuning())[0])
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,19 @@ def test_shrink_a_run(here, deltaw, finished):
     assert json.loads(again.out)["relative_error"] == 0 and again.err == ""
 
 
+def test_modules_with_ranks_of_their_own(here, deltaw, finished):
+    words = ["--rank-pattern", r"q_proj=1,.*\.1\.mlp\.up_proj=1", "--rank-pattern", "o_proj=1"]
+    for name, more in (("a", ["--r", "2"]), ("b", [])):
+        done = json.loads(deltaw("shrink", finished, *words, *more, "--output", name, "--json").out)
+        low = {site for site, found in done["sites"].items() if found["r"] == 1}
+        assert (
+            low == {site for site in done["sites"] if site.endswith(("q_proj", "o_proj", "layers.1.mlp.up_proj"))}
+            and len(low) == 5
+        )
+        saved = json.loads((here / name / "adapter_config.json").read_text())
+        assert saved["r"] == 2 and set(saved["rank_pattern"]) == low
+
+
 def test_advice_on_a_run(deltaw, finished):
     done = deltaw("shrink", finished, "--advise")
     assert done.code == 0, done.err
@@ -92,6 +105,15 @@ def test_combine_runs(here, deltaw, finished):
         (["shrink", "x"], "name the folder to write with --output"),
         (["shrink", "x", "--r", "2", "--output", "y"], "no adapter at x: no such folder"),
         (["shrink", "x", "--r", "two", "--output", "y"], "--r is 'two': expected a whole number"),
+        (
+            ["shrink", "x", "--rank-pattern", "q_proj", "--output", "y"],
+            "is 'q_proj': expected KEY=VALUE",
+        ),
+        (
+            ["shrink", "x", "--rank-pattern", "q=two", "--output", "y"],
+            "--rank-pattern is 'two': expected a whole",
+        ),
+        (["shrink", "x", "--advise", "--rank-pattern", "q=2"], "leave out --rank-pattern"),
         (["shrink", "x", "--r", "2", "--output", "y", "--device", "cpu"], "nothing is measured without --measure"),
         (["shrink", "x", "--advise", "--r", "2", "--output", "y"], "leave out --output, --r"),
         (["shrink", "x", "--advise", "--task", "light"], "the adapter itself is looked at: leave out --task"),
@@ -100,6 +122,7 @@ def test_combine_runs(here, deltaw, finished):
         (["combine"], "nothing to combine: give adapters with --adapter"),
         (["combine", "--adapter", "x"], "name the folder to write with --output"),
         (["combine", "--adapter", "x=a", "--output", "y"], "expected FOLDER or FOLDER=WEIGHT"),
+        (["combine", "--adapter", "=2", "--output", "y"], "--adapter is '=2': expected FOLDER or FOLDER=WEIGHT"),
         (["combine", "--adapter", "x", "--output", "y"], "no adapter at x"),
         (["combine", "--adapter", "x", "--output", "y", "--density", "much"], "--density is 'much'"),
     ],

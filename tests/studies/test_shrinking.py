@@ -123,8 +123,8 @@ def test_doras_magnitude_is_kept_and_its_norm_is_taken_anew():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "which rank\\? give one of r"),
-        ({"r": 2, "energy": 0.9}, "which rank\\? give one of r"),
+        ({}, "which rank\\? got neither of r .*: give one"),
+        ({"r": 2, "energy": 0.9}, "which rank\\? got both of r"),
         ({"r": 0}, "r is 0: expected a whole number"),
         ({"energy": 1.5}, "energy is 1.5: expected the share"),
         ({"r": 2, "rank_pattern": {"nothing": 1}}, "pattern 'nothing' of rank_pattern names no site"),
