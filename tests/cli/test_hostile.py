@@ -89,7 +89,7 @@ def test_long_rows_are_cut_and_counted(here, train):
             ["--target-modules", "q_porj"],
             "target 'q_porj' matches no module of LlamaForCausalLM: near names are q_proj",
         ),
-        (["--method", "full"], "--r is an option of lora, and the method is full: leave it out"),
+        (["--method", "full"], "--r is an option of lora, dora, and the method is full: leave it out"),
         (["--batch-size", "6"], "batch_size 6 is no multiple of micro_batch_size 4"),
         (["--config", "nope.yaml"], "cannot read the configuration nope.yaml"),
     ],
