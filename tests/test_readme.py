@@ -31,10 +31,13 @@ def here(tmp_path, monkeypatch):
 
 def test_the_shell_commands_run_in_turn(here, capsys):
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("deltaw ")]
-    plain, four_bits = ["train", "evaluate", "merge"], ["train", "merge", "merge", "quantize", "export"]
-    assert [shlex.split(command)[1] for command in commands] == plain + four_bits
+    plain, methods = ["train", "evaluate", "merge"], ["compare", "shrink", "shrink", "shrink", "combine"]
+    four_bits = ["train", "merge", "merge", "quantize", "export"]
+    assert [shlex.split(command)[1] for command in commands] == plain + methods + four_bits
     for command in commands:
         arguments = shlex.split(command.replace("smollm2-135m", "tiny"), comments=True)[1:]
+        if arguments[0] == "compare":
+            continue
         if arguments[0] == "train":
             arguments += ["--max-steps", "2", "--device", "cpu", "--dtype", "float32"]
         assert main(arguments) == 0, capsys.readouterr().err
@@ -42,6 +45,24 @@ def test_the_shell_commands_run_in_turn(here, capsys):
     for folder in ("merged", "merged-4bit", "merged-16bit", "base-4bit"):
         assert (here / folder / "model.safetensors").is_file()
     assert (here / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_the_comparison_that_is_shipped_is_sound(here):
+    from deltaw.studies.compare_plan import read_plan
+
+    command = next(line for block in blocks("sh") for line in block.splitlines() if line.startswith("deltaw compare"))
+    shipped = Path(__file__).parents[1] / shlex.split(command)[2]
+    for task, names in (("tfns", ("train", "test")), ("ner", ("train", "test")), ("fpb", ("test",))):
+        (here / "data" / task).mkdir(parents=True)
+        for seed, name in enumerate(names):
+            rows = [
+                {"prompt": f"{text} ->", "completion": f" {label}"} for text, label in labelled_texts(20, seed=seed)
+            ]
+            write_rows(here / "data" / task / f"{name}.jsonl", rows)
+    mine = here / "mine.yaml"
+    mine.write_text(shipped.read_text(encoding="utf-8").replace("smollm2-135m", str(here / "tiny")))
+    plan = read_plan(mine, output=str(here / "out"), data_root=str(here / "data"))
+    assert len(plan.cells) == 2 * (1 + 5 * 3)
 
 
 def test_the_python_runs(here):

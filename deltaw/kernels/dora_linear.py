@@ -30,7 +30,7 @@ from deltaw.core.protocols import BaseWeight
 from deltaw.kernels.lora_linear import draw_dropout_seed, dropout_mask
 
 #: Elements of W that `squared_row_norms` makes wide at a time.
-_ELEMENTS = 1 << 22
+_ELEMENTS = 1 << 16
 #: The least |c| in training: z is recovered by dividing by it.
 _LEAST = 1e-6
 
@@ -93,8 +93,8 @@ class _DoraLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         flat = x.reshape(-1, x.shape[-1])
         narrow = A.to(x.dtype)
-        if norm is None and bias is None:
-            # One product for x W^T and A W^T: a weight in few bits is decoded once.
+        if norm is None and bias is None and getattr(base, "packed", None) is not None:
+            # One product for x W^T and A W^T, so that a weight in few bits is decoded once.
             both = base.matmul(torch.cat([flat, narrow]))
             out, U = both[: len(flat)], both[len(flat) :].t()
             norm = row_norms(squared, U, A, B, scale)
@@ -131,8 +131,12 @@ class _DoraLinear(torch.autograd.Function):
         dx = dA = dB = dm = db = None
         if need_bias or bias is not None:
             db = g.sum(0)
+        base = ctx.base
         if need_m and y is None:
-            z = ctx.base.matmul(x.reshape(-1, x.shape[-1])).addmm_(h, B.to(h.dtype).t(), alpha=ctx.scale)
+            if need_x and getattr(base, "packed", None) is not None:
+                # Both of this pass's products with a weight in few bits, after decoding it once.
+                base = _Decoded(base.dequantize(dtype=g.dtype))
+            z = base.matmul(x.reshape(-1, x.shape[-1])).addmm_(h, B.to(h.dtype).t(), alpha=ctx.scale)
             dm = (_summed_products(g, z).to(c.dtype) / norm).to(ctx.m_dtype)
         elif need_m:
             total = _summed_products(g, y.view_as(g)).to(c.dtype)
@@ -149,13 +153,26 @@ class _DoraLinear(torch.autograd.Function):
                 flat = x.reshape(-1, x.shape[-1])
                 dA = (k.t() @ (flat if mask is None else flat * mask)).to(A.dtype)
             if need_x:
-                dx = ctx.base.t_matmul(g)
+                dx = base.t_matmul(g)
                 if mask is None:
                     dx.addmm_(k, A.to(k.dtype))
                 else:
                     dx.addcmul_(k @ A.to(k.dtype), mask)
                 dx = dx.view(ctx.shape)
         return dx, dA, dB, dm, db if need_bias else None, None, None, None, None, None, None, None
+
+
+class _Decoded:
+    """A dense W (out, in) with a base weight's two products."""
+
+    def __init__(self, W: Tensor) -> None:
+        self.W = W
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return x @ self.W.t()
+
+    def t_matmul(self, grad: Tensor) -> Tensor:
+        return grad @ self.W
 
 
 def _summed_products(a: Tensor, b: Tensor) -> Tensor:

@@ -116,5 +116,5 @@ ADALORA = Method(
     from_peft=from_peft,
     peft_type="ADALORA",
     control=control,
-    learning_rate=1e-3,
+    learning_rate=5e-3,
 )

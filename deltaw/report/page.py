@@ -47,7 +47,15 @@ REPORT = "report.html"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 # Beyond this a diverged loss would overflow the axes' arithmetic.
 DRAWABLE = 1e100
-METHODS = {"lora": "LoRA", "adalora": "AdaLoRA", "full": "Full fine-tuning"}
+METHODS = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "adalora": "AdaLoRA",
+    "full": "Full fine-tuning",
+    "bitfit": "BitFit",
+    "bottleneck": "Bottleneck adapters",
+    "prefix": "Prefix tuning",
+}
 
 
 def write_report(run_folder: str | os.PathLike[str]) -> Path:
@@ -136,7 +144,8 @@ def method_name(run: dict[str, Any]) -> str:
     method = part(run, "method")
     config = part(method, "config")
     name = plain(method.get("name", "unknown method"))
-    shown = "rsLoRA" if name == "lora" and config.get("rslora") is True else METHODS.get(name, name)
+    stabilised = {"lora": "rsLoRA", "dora": "rsDoRA"} if config.get("rslora") is True else {}
+    shown = stabilised.get(name) or METHODS.get(name, name)
     details = [
         f"{key} {format_count(config[key])}"
         for key in ("r", "init_r", "target_r", "alpha")
