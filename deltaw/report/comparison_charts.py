@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deltaw.report.charts import (
     BOTTOM,
@@ -121,6 +121,7 @@ def plot(
     if not xs:
         return None
     ys = [y + side * (bar or 0.0) for mark in shown for _, y, bar in mark.points for side in (-1, 1)]
+    shown = [_near(mark, min(ys), max(ys)) for mark in shown]
     ys += [mark.level for mark in shown if mark.level is not None]
     x_ticks = log_ticks(min(xs), max(xs)) if log_x else nice_ticks(min(xs), max(xs))
     y_ticks = nice_ticks(min(ys), max(ys))
@@ -141,6 +142,14 @@ def plot(
     drawing += [_drawn(mark, place) for mark in shown]
     picture = el("svg", drawing, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=summary, cls="chart")
     return el("figure", picture, el("ul", [_legend(mark) for mark in shown], cls="legend"))
+
+
+def _near(mark: Mark, low: float, high: float) -> Mark:
+    """The mark without a level so far away that the points would all fall together; its name then says where it is."""
+    reach = 2 * (high - low)
+    if mark.level is None or low - reach <= mark.level <= high + reach:
+        return mark
+    return replace(mark, name=f"{mark.name} ({format_short(mark.level)}, off the chart)", level=None)
 
 
 def _axes(

@@ -252,3 +252,11 @@ def test_results_are_not_changed_by_being_written() -> None:
     comparison_page(results)
     markdown(results)
     assert results == kept
+
+
+def test_a_level_far_from_the_points_does_not_flatten_them() -> None:
+    points = [(1.0, 84.0, 1.0), (2.0, 88.0, 1.0)]
+    for level, drawn in ((80.0, True), (12.9, False)):
+        made = str(plot([Mark("base", 0, level=level), Mark("lora", 1, points)], x_label="x", y_label="y", summary="s"))
+        assert ('class="level-k"' in made.partition("<ul")[0]) == drawn
+        assert ("base (12.9, off the chart)" in made) != drawn
