@@ -62,7 +62,11 @@ def build(name: str, args: argparse.Namespace):
     if package == "deltaw":
         from deltaw.fuse.head import install_loss_head
 
-        kind = dw.DoRA if method.endswith("dora") else dw.LoRA
+        kind = dw.DoRA if "dora" in method else dw.LoRA
+        if method.endswith("-keep"):
+            from deltaw.methods import dora
+
+            dora._recomputes = lambda out, columns: False
         dw.adapt(model, kind(r=RANK, alpha=2 * RANK, target_modules="all-linear"))
         objection = install_loss_head(model)
         assert objection is None, objection
@@ -100,9 +104,11 @@ def worker(args: argparse.Namespace) -> None:
         for _ in range(10):
             a @ b
         probe = time.perf_counter() - begun
+        busy = time.process_time()
         seconds = step(model, optimizer, args, draw, line.split()[0] == "short")
+        busy = time.process_time() - busy
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print("ANSWER " + json.dumps({"s": seconds, "probe_s": probe, "peak_mib": used}), flush=True)
+        print("ANSWER " + json.dumps({"s": seconds, "busy_s": busy, "probe_s": probe, "peak_mib": used}), flush=True)
 
 
 def step(model, optimizer, args: argparse.Namespace, draw, short: bool) -> float:
@@ -173,21 +179,23 @@ class Worker:
         self.process.wait()
 
 
+def rounds_of(names: list[str], case: str, dtype: str, args: argparse.Namespace) -> list[dict]:
+    """What every system answers in each round after the first ones; all are alive together."""
+    workers = {name: Worker(name, dtype) for name in names}
+    if getattr(args, "profile", False):
+        for one in workers.values():
+            one.ask("profile")
+    rounds = [{name: one.ask(case) for name, one in workers.items()} for _ in range(args.rounds + args.warmup)]
+    for one in workers.values():
+        one.stop()
+    return rounds[args.warmup :]
+
+
 def measure(args: argparse.Namespace, dtype: str) -> list[dict]:
     """All systems in one dtype, the two cases apart (a process remembers its peak)."""
     results = []
     for case in args.cases:
-        workers = {name: Worker(name, dtype) for name in args.systems}
-        if args.profile:
-            for one in workers.values():
-                one.ask("profile")
-        rounds: list[dict] = []
-        for index in range(args.rounds + args.warmup):
-            taken = {name: one.ask(case) for name, one in workers.items()}
-            if index >= args.warmup:
-                rounds.append(taken)
-        for one in workers.values():
-            one.stop()
+        rounds = rounds_of(args.systems, case, dtype, args)
         tokens = args.batch * args.length
         for name in args.systems:
             seconds = [taken[name]["s"] for taken in rounds]

@@ -127,8 +127,8 @@ def contenders() -> list[str]:
 
         if bitsandbytes.cextension.lib.compiled_with_cuda:
             made += ["bitsandbytes paged 32 bits", "bitsandbytes paged 8 bits"]
-    except Exception:  # a broken installation fails in any way
-        pass
+    except Exception as error:  # a broken installation fails in any way
+        print(f"without bitsandbytes ({type(error).__name__}: {error})", file=sys.stderr)
     return made
 
 

@@ -39,7 +39,7 @@ from deltaw.core.files import as_os_error, atomic_folder, write_json
 from deltaw.core.generators import generator
 from deltaw.core.protocols import LowRank
 from deltaw.methods.lora import LoRA
-from deltaw.methods.lora_peft import as_measured
+from deltaw.methods.lora_peft import as_measured, whole_number
 from deltaw.models.targets import pattern_value
 
 #: Ways to combine that work on the factors, and those that work on the dense updates.
@@ -129,15 +129,11 @@ class StoredAdapter:
         fields = {
             **self.fields,
             "r": config.r,
-            "lora_alpha": _whole(config.alpha),
+            "lora_alpha": whole_number(config.alpha),
             "rank_pattern": dict(config.rank_pattern),
-            "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()},
+            "alpha_pattern": {pattern: whole_number(alpha) for pattern, alpha in config.alpha_pattern.items()},
         }
         return dataclasses.replace(self, fields=fields, config=config, sites=dict(sites))
-
-
-def _whole(number: float | None) -> float | None:
-    return int(number) if number is not None and float(number).is_integer() else number
 
 
 def read_stored(path: str | os.PathLike[str]) -> StoredAdapter:

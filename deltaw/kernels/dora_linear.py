@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.core.protocols import BaseWeight
-from deltaw.kernels.lora_linear import draw_dropout_seed, dropout_mask
+from deltaw.kernels.lora_linear import draw_dropout_seed, dropout_mask, low_rank_gradients
 
 #: Elements of W that `squared_row_norms` makes wide at a time.
 _ELEMENTS = 1 << 16
@@ -126,12 +126,12 @@ class _DoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, A, B, h, c, norm, y, bias = ctx.saved_tensors
-        need_x, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:5]
+        need_x, _, _, need_m, need_bias = ctx.needs_input_grad[:5]
         g = grad.reshape(-1, grad.shape[-1])
-        dx = dA = dB = dm = db = None
+        dm = db = None
         if need_bias or bias is not None:
             db = g.sum(0)
-        base = ctx.base
+        base: Any = ctx.base
         if need_m and y is None:
             if need_x and getattr(base, "packed", None) is not None:
                 # Both of this pass's products with a weight in few bits, after decoding it once.
@@ -143,22 +143,7 @@ class _DoraLinear(torch.autograd.Function):
             if bias is not None and db is not None:
                 total = total - bias.to(c.dtype) * db.to(c.dtype)
             dm = (total / (c * norm)).to(ctx.m_dtype)
-        g = scaled_rows(g, c)
-        if need_B:
-            dB = (g.t() @ h).mul_(ctx.scale).to(B.dtype)
-        if need_x or need_A:
-            mask = dropout_mask(g.new_empty(()).expand(len(g), ctx.shape[-1]), ctx.p, ctx.seed) if ctx.p else None
-            k = (g @ B.to(g.dtype)).mul_(ctx.scale)
-            if need_A:
-                flat = x.reshape(-1, x.shape[-1])
-                dA = (k.t() @ (flat if mask is None else flat * mask)).to(A.dtype)
-            if need_x:
-                dx = base.t_matmul(g)
-                if mask is None:
-                    dx.addmm_(k, A.to(k.dtype))
-                else:
-                    dx.addcmul_(k @ A.to(k.dtype), mask)
-                dx = dx.view(ctx.shape)
+        dx, dA, dB = low_rank_gradients(ctx, scaled_rows(g, c), x, A, B, h, base)
         return dx, dA, dB, dm, db if need_bias else None, None, None, None, None, None, None, None
 
 

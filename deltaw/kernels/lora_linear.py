@@ -67,27 +67,43 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, A, B, h = ctx.saved_tensors
-        need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
         g = grad.reshape(-1, grad.shape[-1])
+        dx, dA, dB = low_rank_gradients(ctx, g, x, A, B, h, ctx.base)
+        return dx, dA, dB, g.sum(0) if ctx.needs_input_grad[3] else None, None, None, None, None
+
+
+def low_rank_gradients(
+    ctx: Any, g: Tensor, x: Tensor, A: Tensor, B: Tensor, h: Tensor, base: BaseWeight
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, A and B, its first three inputs, where a function wants them.
+
+    Args:
+        ctx: a function's context, with `scale`, `p` and `seed` of its dropout and `shape` of x.
+        g: the gradient of x W^T + scale (dropout(x) A^T) B^T, (T, out).
+        x: (..., in); may be None where A wants no gradient.
+        A: (r, in).
+        B: (out, r).
+        h: dropout(x) A^T, (T, r); may be None where B wants no gradient.
+        base: W (out, in).
+    """
+    need_x, need_A, need_B = ctx.needs_input_grad[:3]
+    dx = dA = dB = None
+    if need_B:
+        dB = (g.t() @ h).mul_(ctx.scale).to(B.dtype)
+    if need_x or need_A:
         mask = dropout_mask(g.new_empty(()).expand(len(g), ctx.shape[-1]), ctx.p, ctx.seed) if ctx.p else None
-        dx = dA = dB = db = None
-        if need_B:
-            dB = (g.t() @ h).mul_(ctx.scale).to(B.dtype)
-        if need_x or need_A:
-            k = (g @ B.to(g.dtype)).mul_(ctx.scale)
-            if need_A:
-                flat = x.reshape(-1, x.shape[-1])
-                dA = (k.t() @ (flat if mask is None else flat * mask)).to(A.dtype)
-            if need_x:
-                dx = ctx.base.t_matmul(g)
-                if mask is None:
-                    dx.addmm_(k, A.to(k.dtype))
-                else:
-                    dx.addcmul_(k @ A.to(k.dtype), mask)
-                dx = dx.view(ctx.shape)
-        if need_bias:
-            db = g.sum(0)
-        return dx, dA, dB, db, None, None, None, None
+        k = (g @ B.to(g.dtype)).mul_(ctx.scale)
+        if need_A:
+            flat = x.reshape(-1, x.shape[-1])
+            dA = (k.t() @ (flat if mask is None else flat * mask)).to(A.dtype)
+        if need_x:
+            dx = base.t_matmul(g)
+            if mask is None:
+                dx.addmm_(k, A.to(k.dtype))
+            else:
+                dx.addcmul_(k @ A.to(k.dtype), mask)
+            dx = dx.view(ctx.shape)
+    return dx, dA, dB
 
 
 def lora_linear(

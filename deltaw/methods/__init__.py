@@ -12,13 +12,13 @@ from deltaw.methods.host import (
     adapter_parameters,
     delete_adapter,
     set_adapter,
-    summary,
     unload,
 )
 from deltaw.methods.lora import LoRA
 from deltaw.methods.neftune import NEFTune
 from deltaw.methods.prefix import PrefixTuning
 from deltaw.methods.registry import METHODS, method_of
+from deltaw.methods.summary import summary
 
 __all__ = [
     "METHODS",

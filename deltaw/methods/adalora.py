@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from deltaw.core.configs import accepts, spelling
 from deltaw.core.errors import InputError
 from deltaw.core.protocols import LowRank
-from deltaw.methods.companions import companions, saved_modules
+from deltaw.methods.companions import companions, configured_sites
 from deltaw.methods.contract import Placed, Start
 from deltaw.methods.lora import LoRA
 from deltaw.models.sites import Site
-from deltaw.models.targets import pattern_value, resolve_targets
+from deltaw.models.targets import pattern_value
 
 
 @accepts(
@@ -236,21 +236,10 @@ class AdaLoraPart(nn.Module):
 
 def attach(model: nn.Module, config: AdaLoRA, start: Start) -> list[Placed]:
     """The factors of every site that the targets name, and what comes along with them."""
-    sites = resolve_targets(
-        model,
-        config.target_modules,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        reserved=saved_modules(model, config.modules_to_save),
-    )
+    sites = configured_sites(model, config)
     embedding = next((site.name for site in sites if site.kind == "embedding"), None)
     if embedding is not None:
         raise InputError(f"AdaLoRA does not adapt embeddings, and {embedding} is one: leave it out of target_modules")
-    named = [pattern for pattern in config.rank_pattern if any(pattern_value({pattern: 1}, s.name, 0) for s in sites)]
-    if len(named) < len(config.rank_pattern):
-        unused = next(pattern for pattern in config.rank_pattern if pattern not in named)
-        raise InputError(f"pattern {unused!r} of rank_pattern names no adapted module")
     placed = []
     for site in sites:
         r = config.rank_of(site.name)

@@ -84,7 +84,7 @@ def to_peft(config: AdaLoRA, model: nn.Module, parts: Mapping[str, Any]) -> dict
         "peft_type": "ADALORA",
         "init_r": config.init_r,
         "target_r": config.target_r,
-        "lora_alpha": lora_peft._whole(config.alpha),
+        "lora_alpha": lora_peft.whole_number(config.alpha),
         "lora_dropout": config.dropout,
         "target_modules": shortest_names(model, list(parts)),
         "exclude_modules": None,

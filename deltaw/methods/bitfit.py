@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from deltaw.core.configs import accepts
 from deltaw.core.errors import InputError
 from deltaw.core.protocols import LowRank
-from deltaw.methods.companions import companions, saved_modules
+from deltaw.methods.companions import companions, configured_sites
 from deltaw.methods.contract import Method, Placed, Start
 from deltaw.models.sites import Site
-from deltaw.models.targets import resolve_targets
 
 
 @accepts()
@@ -93,23 +92,12 @@ class NewBias(nn.Module):
         return {"bias": "new"}
 
 
-def _targets(model: nn.Module, config: BitFit) -> list[Site]:
-    return resolve_targets(
-        model,
-        config.target_modules,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        reserved=saved_modules(model, config.modules_to_save),
-    )
-
-
 def _attach(model: nn.Module, config: BitFit, start: Start) -> list[Placed]:
     placed = companions(
         model, [], bias="all", modules_to_save=config.modules_to_save, trainable_tokens=None, dtype=start.dtype
     )
     if config.add_missing:
-        sites = _targets(model, config)
+        sites = configured_sites(model, config)
         if wrong := [site.name for site in sites if site.kind == "embedding"]:
             raise InputError(f"add_missing: {wrong[0]} is an embedding, which has no bias; leave it out of the targets")
         placed += [Placed(site.name, NewBias(site, dtype=start.dtype)) for site in sites if site.module.bias is None]
@@ -123,7 +111,7 @@ def _param_count(config: BitFit, kind: str, shape: tuple[int, int]) -> int:
 
 
 def _to_peft(config: BitFit, model: nn.Module, parts: Mapping[str, Any]) -> dict[str, Any]:
-    sites = _targets(model, config) if config.add_missing else []
+    sites = configured_sites(model, config) if config.add_missing else []
     new = [site.name for site in sites if site.module.bias is None]
     return {"peft_type": "DELTAW_BITFIT", "add_missing": bool(new), "target_modules": new}
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from deltaw.core.configs import accepts
 from deltaw.core.errors import InputError
 from deltaw.core.protocols import LowRank
-from deltaw.methods.companions import companions, saved_modules
+from deltaw.methods.companions import companions, configured_sites
 from deltaw.methods.contract import Method, Placed, Start
 from deltaw.models.families import names_of, roles_of
 from deltaw.models.sites import Site
@@ -159,15 +159,7 @@ class BottleneckPart(nn.Module):
 
 
 def _sites(model: nn.Module, config: Bottleneck) -> list[Site]:
-    reserved = saved_modules(model, config.modules_to_save)
-    sites = resolve_targets(
-        model,
-        _two_per_layer(model) if config.target_modules is None else config.target_modules,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        reserved=reserved,
-    )
+    sites = configured_sites(model, config, _two_per_layer(model) if config.target_modules is None else None)
     if wrong := [site.name for site in sites if site.kind == "embedding"]:
         raise InputError(f"bottleneck adapters sit behind linears, and {wrong[0]} is an embedding: leave it out")
     return sites

@@ -17,6 +17,7 @@ from deltaw.core.errors import InputError, near
 from deltaw.core.protocols import LowRank, packed_of
 from deltaw.methods.contract import Placed
 from deltaw.models.sites import Site, base_modules, kind_of, site_of
+from deltaw.models.targets import pattern_value, resolve_targets
 
 
 class BiasPart(nn.Module):
@@ -276,6 +277,32 @@ def saved_modules(model: nn.Module, names: Sequence[str] | None) -> list[str]:
             )
         found.extend(matched)
     return [name for name in dict.fromkeys(found) if not any(name.startswith(other + ".") for other in found)]
+
+
+def configured_sites(model: nn.Module, config: Any, targets: Any = None) -> list[Site]:
+    """The sites that a configuration's fields name (`target_modules` to `layers_pattern`), saved modules left out.
+
+    Args:
+        model: the model.
+        config: with these fields and `modules_to_save`.
+        targets: in place of its `target_modules`.
+
+    Raises:
+        InputError: a target that matches nothing; a pattern of ranks or alphas that names none of the sites.
+    """
+    sites = resolve_targets(
+        model,
+        config.target_modules if targets is None else targets,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        reserved=saved_modules(model, config.modules_to_save),
+    )
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field, {}):
+            if not any(pattern_value({pattern: 1}, site.name, 0) for site in sites):
+                raise InputError(f"pattern {pattern!r} of {field} names no adapted module")
+    return sites
 
 
 def companions(

@@ -20,7 +20,7 @@ some parts have, found by `getattr`:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -131,6 +131,7 @@ class Method:
         control: (model, adapter's name, optimizer steps in all) to what follows the training; None: nothing does.
         learning_rate: AdamW's where none is given.
         mergeable: whether the parts can be written into the weights.
+        not_with: keys of a run that the method does not go with, which a run is refused for, to the reason.
     """
 
     name: str
@@ -147,3 +148,4 @@ class Method:
     control: Callable[[nn.Module, str, int], Controller] | None = None
     learning_rate: float = 2e-4
     mergeable: bool = True
+    not_with: Mapping[str, str] = field(default_factory=dict)

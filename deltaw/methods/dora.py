@@ -18,19 +18,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.configs import accepts
+from deltaw.core.configs import accepts, aliases_of
 from deltaw.core.errors import InputError
 from deltaw.core.protocols import BaseWeight, LowRank
 from deltaw.kernels.dora_linear import dora_linear, row_norms, squared_row_norms
 from deltaw.methods.contract import Placed, Start
 from deltaw.methods.lora import LoRA, LoraPart, attach_parts
-from deltaw.models.sites import SiteWeight, kind_of
+from deltaw.models.sites import SiteWeight
 
 #: Rows of an embedding that are read at a time.
 _ROWS = 4096
 
 
-@accepts(**LoRA._aliases)  # type: ignore[attr-defined]
+@accepts(**aliases_of(LoRA))
 @dataclass(frozen=True)
 class DoRA(LoRA):
     """What a DoRA adapter is made of: LoRA's fields, and a magnitude for every output of every site."""
@@ -97,9 +97,7 @@ class DoraPart(LoraPart):
 
     @property
     def _weight(self) -> SiteWeight:
-        kind = kind_of(self._module)
-        assert kind is not None
-        return SiteWeight(self._module, kind)
+        return SiteWeight(self._module, self.kind)
 
     def squared(self) -> Tensor:
         """||W||^2 by rows, (out,); kept as long as the module's weight is the one that it was made from."""

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from deltaw.core.errors import InputError, unknown_name
 from deltaw.core.generators import generator
-from deltaw.core.protocols import AbsorbingWeight, LowRank, stored_bytes
+from deltaw.core.protocols import AbsorbingWeight, LowRank
 from deltaw.kernels.lora_linear import absorbed_linear, lora_linear
 from deltaw.methods.contract import Method, Placed, Start
 from deltaw.methods.registry import method_of
-from deltaw.models.sites import SiteWeight, base_modules, fused_experts, kind_of
+from deltaw.models.sites import SiteWeight, base_modules, kind_of
 
 #: A set of active adapters: None (the bare base), one name, several (weights 1), or weights by name.
 Active = str | Sequence[str] | Mapping[str, float] | None
@@ -365,32 +365,25 @@ def set_merge_aware(model: nn.Module, on: bool) -> None:
         site.merge_aware = on
 
 
-def set_steady(model: nn.Module, on: bool) -> None:
-    """Whether adapters' parameters stay as they are until this is called again.
-
-    Parts may then keep what depends on them alone (DoRA's norms). Whoever changes a parameter calls this after it.
-    """
-    for part in _steadied(model):
-        part.steady(on)
+def steady_parts(model: nn.Module) -> list[Any]:
+    """The parts that may keep what depends on them alone while nothing changes (DoRA's norms)."""
+    found = [
+        part for _, _, site in sites_of(model) for parts in site.parts.values() for part in cast(Iterable[Any], parts)
+    ]
+    return [part for part in found if hasattr(part, "steady")]
 
 
 @contextlib.contextmanager
 def steady(model: nn.Module) -> Iterator[None]:
-    """`set_steady` while a `with` block lasts; afterwards as it was."""
-    before = [(part, part.is_steady) for part in _steadied(model)]
-    set_steady(model, True)
+    """While a `with` block lasts, adapters' parameters stay as they are; whoever changes one calls `part.steady`."""
+    before = [(part, part.is_steady) for part in steady_parts(model)]
+    for part, _ in before:
+        part.steady(True)
     try:
         yield
     finally:
         for part, on in before:
             part.steady(on)
-
-
-def _steadied(model: nn.Module) -> list[Any]:
-    found = [
-        part for _, _, site in sites_of(model) for parts in site.parts.values() for part in cast(Iterable[Any], parts)
-    ]
-    return [part for part in found if hasattr(part, "steady")]
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -450,110 +443,6 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
         return {key: p for key, p in model.named_parameters() if p.requires_grad}
     marker = f"adapted.parts.{name}."
     return {key: p for key, p in model.named_parameters() if marker in key}
-
-
-@dataclass(frozen=True)
-class SiteSummary:
-    """One adapted module: its matrix's shape (out, in), what sits on it, and the parameters that this trains."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    parameters: int
-    details: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What is adapted. `str()` gives a table.
-
-    Attributes:
-        adapter: name; method: its method.
-        sites: one entry a part.
-        trainable_parameters: of this adapter.
-        base_parameters: of the model without adapters.
-        adapter_bytes: of the tensors that are saved, what is not trained included (LoRA-FA's A, PiSSA's start).
-        base_bytes: the model's without adapters.
-        left_out: parameters that targets of modules cannot reach (fused experts).
-    """
-
-    adapter: str
-    method: str
-    sites: list[SiteSummary]
-    trainable_parameters: int
-    base_parameters: int
-    adapter_bytes: int
-    base_bytes: int
-    left_out: list[str]
-
-    @property
-    def share(self) -> float:
-        """Trainable parameters over all parameters, the adapter's included."""
-        total = self.base_parameters + (0 if self.method == "full" else self.trainable_parameters)
-        return self.trainable_parameters / total if total else 0.0
-
-    def __str__(self) -> str:
-        lines = [f"adapter {self.adapter!r} ({self.method})"]
-        width = max((len(site.name) for site in self.sites), default=4)
-        for site in self.sites:
-            shape = " x ".join(map(str, site.shape))
-            pairs = site.details.items()
-            details = " ".join(
-                f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in pairs
-            )
-            lines.append(f"  {site.name:<{width}}  {site.kind:<9} {shape:<15} {details:<16} {site.parameters:>12,}")
-        lines.append(
-            f"  {self.trainable_parameters:,} trainable of {self.base_parameters:,} in the base ({self.share:.2%}), "
-            f"{self.adapter_bytes:,} bytes beside {self.base_bytes:,}"
-        )
-        if self.left_out:
-            lines.append(f"  not adapted: {len(self.left_out)} fused-expert parameters ({self.left_out[0]}, ...)")
-        return "\n".join(lines)
-
-
-def summary(model: nn.Module, name: str | None = None) -> Summary:
-    """What an adapter changes: sites, shapes, parameters and their share, bytes.
-
-    Args:
-        model: an adapted model.
-        name: the adapter; None means the only active one.
-    """
-    book = book_of(model)
-    if name is None:
-        if len(book.active) != 1:
-            raise InputError(
-                f"{len(book.active)} adapters are active: say which of {', '.join(book.configs) or 'none'}"
-            )
-        (name,) = book.active
-    parameters = adapter_parameters(model, name)
-    seen: set[int] = set()
-    sites = []
-    for path, module, part in parts_of(model, name):
-        fresh = [p for p in part.parameters() if id(p) not in seen]
-        seen.update(map(id, fresh))
-        kind = kind_of(module)
-        shape = SiteWeight(module, kind).shape if kind else ()
-        sites.append(
-            SiteSummary(path, kind or type(module).__name__, shape, sum(p.numel() for p in fresh), part.described())
-        )
-    base = {key: p for key, p in model.named_parameters() if "adapted" not in key.split(".")}
-    return Summary(
-        adapter=name,
-        method=method_of(book.configs[name]).name,
-        sites=sites,
-        trainable_parameters=sum(p.numel() for p in parameters.values()),
-        base_parameters=sum(p.numel() for p in base.values()),
-        adapter_bytes=_saved_bytes(model, name),
-        base_bytes=sum(stored_bytes(p) for p in base.values()),
-        left_out=fused_experts(model),
-    )
-
-
-def _saved_bytes(model: nn.Module, name: str) -> int:
-    if method_of(book_of(model).configs[name]).trains_base:
-        return sum(stored_bytes(p) for p in adapter_parameters(model, name).values())
-    tensors = [tensor for _, _, part in parts_of(model, name) for tensor in part.tensors().values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def active_method(model: nn.Module, name: str) -> Method:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from deltaw.core.configs import accepts, spelling
 from deltaw.core.errors import InputError
 from deltaw.core.protocols import LowRank
-from deltaw.methods.companions import companions, saved_modules
+from deltaw.methods.companions import companions, configured_sites
 from deltaw.methods.contract import Placed, Start
 from deltaw.methods.initial import (
     INITS,
@@ -46,7 +46,7 @@ from deltaw.methods.initial import (
     starting_factors,
 )
 from deltaw.models.sites import Site
-from deltaw.models.targets import pattern_value, resolve_targets
+from deltaw.models.targets import pattern_value
 
 
 @accepts(
@@ -338,14 +338,7 @@ def attach(model: nn.Module, config: LoRA, start: Start) -> list[Placed]:
 
 def attach_parts(model: nn.Module, config: LoRA, start: Start, part_type: type[LoraPart]) -> list[Placed]:
     """`attach` for LoRA and what is a LoRA with more to it."""
-    sites = resolve_targets(
-        model,
-        config.target_modules,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        reserved=saved_modules(model, config.modules_to_save),
-    )
+    sites = configured_sites(model, config)
     if config.init == "loftq":
         check_loftq(sites, start)
     directions = None
@@ -357,9 +350,6 @@ def attach_parts(model: nn.Module, config: LoRA, start: Start, part_type: type[L
         part = _part(site, config, start, None if directions is None else directions[site.name], part_type)
         if part is not None:
             placed.append(Placed(site.name, part))
-    unused = [p for p in (*config.rank_pattern, *config.alpha_pattern) if not _names_any(p, sites)]
-    if unused:
-        raise InputError(f"pattern {unused[0]!r} of rank_pattern or alpha_pattern names no adapted module")
     adapted = {item.path for item in placed}
     placed += companions(
         model,
@@ -401,10 +391,6 @@ def _part(
     else:
         part.start_from(str(config.init), *factors)
     return part
-
-
-def _names_any(pattern: str, sites: Sequence[Site]) -> bool:
-    return any(pattern_value({pattern: 1}, site.name, 0) for site in sites)
 
 
 def param_count(config: LoRA, kind: str, shape: tuple[int, int]) -> int:

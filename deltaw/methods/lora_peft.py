@@ -143,12 +143,12 @@ def to_peft(config: LoRA, model: nn.Module, parts: Mapping[str, Any]) -> dict[st
     return {
         "peft_type": "LORA",
         "r": config.r,
-        "lora_alpha": _whole(config.alpha),
+        "lora_alpha": whole_number(config.alpha),
         "lora_dropout": config.dropout,
         "target_modules": shortest_names(model, sites),
         "exclude_modules": None,
         "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()},
+        "alpha_pattern": {pattern: whole_number(alpha) for pattern, alpha in config.alpha_pattern.items()},
         "use_rslora": config.rslora,
         "use_dora": isinstance(config, DoRA),
         "bias": config.bias,
@@ -182,7 +182,7 @@ def as_measured(config: LoRA, sites: Mapping[str, tuple[int, float]]) -> LoRA:
     )
 
 
-def _whole(number: float | None) -> float | None:
+def whole_number(number: float | None) -> float | None:
     """An int where it is one: that is what PEFT declares, and what stricter readers of its files take."""
     return int(number) if number is not None and float(number).is_integer() else number
 

@@ -332,4 +332,8 @@ PREFIX = Method(
     identity_at_start=False,
     learning_rate=1e-2,
     mergeable=False,
+    not_with={
+        "pack": "packed rows would share one prefix",
+        "gradient_checkpointing": "it drops the keys and values",
+    },
 )

@@ -19,8 +19,8 @@ from deltaw.report.comparison_tables import (
     significance_table,
 )
 from deltaw.report.markup import Html, el, join
-from deltaw.report.page import POLICY, REPORT, card, command, folded, model_name, section, table
-from deltaw.report.style import CSS
+from deltaw.report.page import REPORT, card, command, folded, model_name, table
+from deltaw.report.shell import document
 from deltaw.report.tables import LOWER_IS_BETTER, PERCENT, format_seconds, format_short, metric_label, number, part
 
 TABLE = "table.md"
@@ -59,33 +59,16 @@ def comparison_page(results: dict[str, Any]) -> str:
         ("setup", "Configuration", _setup(results)),
         ("reproduce", "Reproduce", _reproduce(results)),
     ]
-    shown = [(key, name, content) for key, name, content in sections if content]
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("meta", name="generator", content=f"deltaw {results['deltaw']}"),
-        el("link", rel="icon", href="data:,"),
-        el("title", f"{title} · ΔW comparison"),
-        el("style", Html(CSS + CHART_CSS)),
+    return document(
+        title,
+        sections,
+        kind="comparison",
+        heading=title,
+        top=[_facts(results), _banner(results)],
+        footer=el("footer", el("p", f"Written by deltaw {results['deltaw']}.")),
+        version=results["deltaw"],
+        css=CHART_CSS,
     )
-    links = el("ul", [el("li", el("a", name, href=f"#{key}")) for key, name, _ in shown])
-    body = el(
-        "body",
-        el(
-            "header",
-            el("p", el("b", "ΔW"), " comparison", cls="eyebrow"),
-            el("h1", el("bdi", title)),
-            _facts(results),
-            _banner(results),
-            el("nav", links, aria_label="Sections"),
-        ),
-        el("main", [section(key, name, content) for key, name, content in shown]),
-        el("footer", el("p", f"Written by deltaw {results['deltaw']}.")),
-    )
-    return f"<!doctype html>\n{el('html', head, body, lang='en')}\n"
 
 
 def _facts(results: dict[str, Any]) -> Html:

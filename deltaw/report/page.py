@@ -14,7 +14,7 @@ from deltaw.report.examples import confusion_section, examples_section, matrices
 from deltaw.report.folder import RunFolder, read_folder
 from deltaw.report.markup import Html, el, join
 from deltaw.report.ranks import ranks_caption, ranks_figures
-from deltaw.report.style import CSS
+from deltaw.report.shell import document
 from deltaw.report.tables import (
     LOWER_IS_BETTER,
     MISSING,
@@ -44,7 +44,6 @@ from deltaw.report.tables import (
 
 REPORT = "report.html"
 # Nothing may be fetched and nothing may run, even where escaping were to fail.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 # Beyond this a diverged loss would overflow the axes' arithmetic.
 DRAWABLE = 1e100
 METHODS = {
@@ -95,39 +94,16 @@ def page(found: RunFolder) -> str:
         ("setup", "Configuration", setup_section(found)),
         ("reproduce", "Reproduce", reproduce_section(found)),
     ]
-    shown = [(key, title, content) for key, title, content in sections if content]
     title = model_name(run)
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("meta", name="generator", content=f"deltaw {plain(run.get('deltaw', ''))}"),
-        el("link", rel="icon", href="data:,"),
-        el("title", f"{title}: {method_name(run)} · ΔW run report"),
-        el("style", Html(CSS)),
+    return document(
+        f"{title}: {method_name(run)}",
+        sections,
+        kind="run report",
+        heading=title,
+        top=[facts(run), status_banner(found)],
+        footer=footer(found),
+        version=plain(run.get("deltaw", "")),
     )
-    links = el("ul", [el("li", el("a", name, href=f"#{key}")) for key, name, _ in shown])
-    body = el(
-        "body",
-        el(
-            "header",
-            el("p", el("b", "ΔW"), " run report", cls="eyebrow"),
-            el("h1", el("bdi", title)),
-            facts(run),
-            status_banner(found),
-            el("nav", links, aria_label="Sections"),
-        ),
-        el("main", [section(key, name, content) for key, name, content in shown]),
-        footer(found),
-    )
-    return f"<!doctype html>\n{el('html', head, body, lang='en')}\n"
-
-
-def section(key: str, title: str, content: Html) -> Html:
-    """A titled part of the page that can be linked to."""
-    return el("section", el("h2", title, id=key), content, aria_labelledby=key)
 
 
 def model_name(run: dict[str, Any]) -> str:

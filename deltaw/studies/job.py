@@ -30,7 +30,8 @@ from deltaw.evaluate.task import (
     split_answers,
 )
 from deltaw.methods import Full, adapt, adapter_names, method_of, set_adapter, summary
-from deltaw.methods.host import Summary, active_method, book_of
+from deltaw.methods.host import active_method, book_of
+from deltaw.methods.summary import Summary
 from deltaw.models.sites import task_heads
 from deltaw.report import write_report
 from deltaw.studies.rows import RunRows, rows_record, run_rows

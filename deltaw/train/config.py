@@ -184,6 +184,9 @@ class TrainConfig:
         _choice("sharding", self.sharding, ("none", "fsdp2"))
         _choice("quantize", self.quantize, ("none", "nf4"))
         _choice("optimizer", self.optimizer, OPTIMIZERS)
+        for key, why in METHODS[self.method].not_with.items():
+            if getattr(self, key):
+                raise InputError(f"method {self.method} does not go with {key}, as {why}: leave it out")
         if self.quantize != "none" and METHODS[self.method].trains_base:
             raise InputError(f"method {self.method} trains the base itself, which 4 bits freeze: leave quantize out")
         if self.sharding != "none" and METHODS[self.method].control is not None:

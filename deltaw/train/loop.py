@@ -19,7 +19,7 @@ from deltaw.data import Collator
 from deltaw.fuse.attention import FastCpuAttention
 from deltaw.fuse.head import install_loss_head, uninstall_loss_head
 from deltaw.methods import NEFTune, adapt, delete_adapter, method_of
-from deltaw.methods.host import set_merge_aware, set_steady
+from deltaw.methods.host import set_merge_aware, steady
 from deltaw.train.config import TrainConfig
 from deltaw.train.run_folder import RunFolder, peak_memory_bytes
 from deltaw.train.sharding import shard
@@ -162,12 +162,11 @@ def _prepared(model: Any, config: TrainConfig, task: str, say: Callable[[str], N
     # DDP would broadcast every parameter first, and 4-bit ones are no plain tensors. All processes read the same.
     model._ddp_params_and_buffers_to_ignore = packed
     try:
-        with FastCpuAttention() if model.device.type == "cpu" else contextlib.nullcontext():
+        with FastCpuAttention() if model.device.type == "cpu" else contextlib.nullcontext(), steady(model):
             yield
     finally:
         del model._ddp_params_and_buffers_to_ignore
         set_merge_aware(model, False)
-        set_steady(model, False)
         uninstall_loss_head(model)
         if config.neftune_alpha:
             delete_adapter(model, "neftune")
@@ -246,6 +245,8 @@ def training_arguments(config: TrainConfig, output: Path, rows: int, device: tor
         dataloader_num_workers=0,
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
+        # What is not trained is alike everywhere from the start: frozen factors need not be sent before every pass.
+        ddp_broadcast_buffers=False,
         **steps,
     )
     # One process drives one device; of several visible ones Trainer would make a DataParallel.

@@ -23,8 +23,9 @@ from deltaw.core.files import sync_folder
 from deltaw.data.encode import IGNORED
 from deltaw.methods import adapter_parameters
 from deltaw.methods.contract import Controller
-from deltaw.methods.host import active_method, parts_of, set_merge_aware, set_steady
+from deltaw.methods.host import active_method, parts_of, set_merge_aware, steady_parts
 from deltaw.quant.paged import PagedAdamW, paged_optimizer
+from deltaw.train.groups import parameter_groups, rate_ratios
 from deltaw.train.order import StepOrder
 from deltaw.train.run_folder import RunFolder
 from deltaw.train.sharding import (
@@ -83,6 +84,7 @@ class DeltawTrainer(transformers.Trainer):
         self.controller: Controller | None = None
         self.controller_state: dict[str, Any] | None = None
         adapted = [part for _, _, part in parts_of(kwargs["model"], adapter)]
+        self.steady = steady_parts(kwargs["model"])
         self.extra_losses = [part.extra_loss for part in adapted if hasattr(part, "extra_loss")]
         super().__init__(*args, **kwargs)
         self.remove_callback(transformers.PrinterCallback)
@@ -111,9 +113,15 @@ class DeltawTrainer(transformers.Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Trainer's own, but where parts have learning rates of their own, or states stand in host memory."""
         whole: Any = self.accelerator.unwrap_model(model or self.model)
-        ratios = _rate_ratios(whole, self.adapter)
+        ratios = rate_ratios(whole, self.adapter)
         if self.optimizer is None and (self.optimizer_name != "adamw" or ratios):
-            groups = self._groups(whole, ratios)
+            groups = parameter_groups(
+                adapter_parameters(whole, self.adapter),
+                ratios,
+                decayed=set(self.get_decay_parameter_names(whole)),
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+            )
             if self.optimizer_name == "adamw":
                 kind, options = self.get_optimizer_cls_and_kwargs(self.args, whole)
                 self.optimizer = kind(groups, **options)
@@ -132,21 +140,6 @@ class DeltawTrainer(transformers.Trainer):
             self.run_folder.save(optimizer_backend="own" if own else "bitsandbytes")
             self.say(line)
         return super().create_optimizer(model)
-
-    def _groups(self, whole: Any, ratios: Mapping[int, float]) -> list[dict[str, Any]]:
-        """Parameters by learning rate and decay; the run's own rate comes first, since logs show that of the first."""
-        decayed = set(self.get_decay_parameter_names(whole))
-        found: dict[tuple[float, bool], list[nn.Parameter]] = {}
-        for name, parameter in adapter_parameters(whole, self.adapter).items():
-            found.setdefault((ratios.get(id(parameter), 1.0), name in decayed), []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "weight_decay": self.args.weight_decay if decays else 0.0,
-                "lr": self.args.learning_rate * ratio,
-            }
-            for (ratio, decays), parameters in sorted(found.items(), key=lambda item: (item[0][0] != 1, not item[0][1]))
-        ]
 
     # One step.
 
@@ -448,13 +441,14 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
         self.checked = False
 
-    def _model(self) -> nn.Module:
-        model: nn.Module = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        return model
+    def _settle(self) -> None:
+        """The parameters have changed, and stay as they are until the next optimizer step."""
+        for part in self.trainer.steady:
+            part.steady(True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.take_control()
-        set_steady(self._model(), True)
+        self._settle()
         self.trainer.began = time.perf_counter()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -466,7 +460,8 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         share = self.trainer.merge_aware
         if share:
-            set_merge_aware(self._model(), state.global_step >= round((1 - share) * state.max_steps))
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            set_merge_aware(model, state.global_step >= round((1 - share) * state.max_steps))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_finite()
@@ -477,7 +472,7 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.controller is not None:
             self.trainer.controller.after_update(state.global_step + 1)
-        set_steady(self._model(), True)
+        self._settle()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # What is due once an epoch is done at its last step, so that an evaluation always comes before the checkpoint
@@ -491,15 +486,6 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_evaluate = control.should_save = False
-
-
-def _rate_ratios(model: nn.Module, adapter: str) -> dict[int, float]:
-    """Learning rates over the run's, by the parameter's identity; {} where all have the run's own."""
-    found: dict[int, float] = {}
-    for _, _, part in parts_of(model, adapter):
-        ratios = part.rate_ratios() if hasattr(part, "rate_ratios") else {}
-        found |= {id(getattr(part, name)): ratio for name, ratio in ratios.items() if ratio != 1}
-    return found
 
 
 def _loss_of(model: Any, task: str) -> tuple[bool, bool]:

@@ -10,7 +10,7 @@ from torch import nn
 import deltaw as dw
 from deltaw.core.errors import InputError
 from deltaw.methods.dora import DoraPart
-from deltaw.methods.host import parts_of, set_steady
+from deltaw.methods.host import parts_of, steady_parts
 from deltaw.quant import NF4, quantize_model
 
 TARGETS = ["q_proj", "down_proj"]
@@ -43,7 +43,8 @@ def test_narrow_factors_keep_a_wide_magnitude():
 def test_norms_follow_the_factors_unless_told_that_they_are_steady():
     model = adapted()
     before = tiny.logits(model, "llama")
-    set_steady(model, True)
+    for part in steady_parts(model):
+        part.steady(True)
     assert torch.equal(tiny.logits(model, "llama"), before)
     kept = [part.norm() for part in parts(model)]
     assert all(part.norm() is norm for part, norm in zip(parts(model), kept, strict=True))
@@ -51,9 +52,11 @@ def test_norms_follow_the_factors_unless_told_that_they_are_steady():
         for part in parts(model):
             part.lora_B.mul_(2)
     stale = tiny.logits(model, "llama")
-    set_steady(model, True)
+    for part in steady_parts(model):
+        part.steady(True)
     fresh = tiny.logits(model, "llama")
-    set_steady(model, False)
+    for part in steady_parts(model):
+        part.steady(False)
     assert torch.equal(tiny.logits(model, "llama"), fresh) and not torch.equal(stale, fresh)
     assert all(part.norm() is not part.norm() for part in parts(model))
 

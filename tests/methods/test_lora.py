@@ -95,7 +95,7 @@ def test_sites_start_apart_and_names_decide():
             dict(target_modules=["embed_tokens"], lora_bias=True),
             "lora_bias: model.embed_tokens is an embedding",
         ),
-        ("llama", dict(rank_pattern={"q_prj": 2}), "pattern 'q_prj' of rank_pattern or alpha_pattern names no adapted"),
+        ("llama", dict(rank_pattern={"q_prj": 2}), "pattern 'q_prj' of rank_pattern names no adapted"),
         ("llama", dict(modules_to_save=["scor"]), "modules_to_save 'scor' matches no module"),
         ("llama", dict(trainable_tokens=[48]), "expected distinct row numbers of model.embed_tokens below 48"),
         ("llama", dict(trainable_tokens=[-1]), "expected distinct row numbers"),
