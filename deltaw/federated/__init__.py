@@ -1,0 +1,1 @@
+"""Several organisations, one adapter: the protocol's messages, rules, transports, and secure aggregation."""

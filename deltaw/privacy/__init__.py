@@ -1,0 +1,1 @@
+"""Differential privacy: clipping by example, noise, accounting and the ledger. Imports no optimizer."""
