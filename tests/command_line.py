@@ -19,6 +19,10 @@ from deltaw.core.generators import generator
 WORDS = ["sunny", "warm", "bright", "calm"], ["rainy", "cold", "dark", "wild"]
 
 
+#: All are shown but for names that the typer of Flower's choice reads and click is about to drop.
+WARNINGS = "default,ignore:'click.utils:DeprecationWarning"
+
+
 def tiny_model(folder: Path, *, seed: int = 0, hidden: int = 32, positions: int = 128, kind: str = "Llama") -> Path:
     """A random model of two layers over bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -95,7 +99,7 @@ QUICK += ["--dtype", "float32"]
 def process(*words: object, cwd: Path | None = None, **options: object) -> subprocess.Popen[str]:
     """The real command in a process of its own."""
     code = "from deltaw.cli.main import run; run()"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": WARNINGS}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],
         cwd=cwd,
