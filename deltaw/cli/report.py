@@ -1,4 +1,4 @@
-"""`deltaw report`: a run folder to its page."""
+"""`deltaw report`: the folder of a run or of a federation to its page."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ app = new_app()
 
 @app.command(name="report", epilog=EPILOG, cls=Page)
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="the run folder.", show_default=False)],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run or a federation.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="print one JSON object.")] = False,
 ) -> None:
-    """Write a run's report.html again, from its JSON files, and print where it is."""
+    """Write the report.html of a run or a federation again, from its JSON files, and print where it is."""
     from deltaw.report import write_report
 
     path = write_report(run)
