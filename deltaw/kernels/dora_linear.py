@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.core.protocols import BaseWeight
-from deltaw.kernels.lora_linear import draw_dropout_seed, dropout_mask, low_rank_gradients
+from deltaw.kernels.lora_linear import Sinks, draw_dropout_seed, dropout_mask, low_rank_gradients
+from deltaw.kernels.per_example import along, linear, spread
 
 #: Elements of W that `squared_row_norms` makes wide at a time.
 _ELEMENTS = 1 << 16
@@ -118,7 +119,7 @@ class _DoraLinear(torch.autograd.Function):
         kept_bias = bias if need_m and not recompute else None
         kept_x, kept_h = x if need_A or again else None, h if need_B or again else None
         ctx.save_for_backward(kept_x, A, B, kept_h, c, norm, kept_y, kept_bias)
-        ctx.m_dtype = m.dtype
+        ctx.m_dtype, ctx.sinks = m.dtype, Sinks.of(x, A, B, m)
         ctx.mark_non_differentiable(norm)
         return y, norm
 
@@ -137,12 +138,13 @@ class _DoraLinear(torch.autograd.Function):
                 # Both of this pass's products with a weight in few bits, after decoding it once.
                 base = _Decoded(base.dequantize(dtype=g.dtype))
             z = base.matmul(x.reshape(-1, x.shape[-1])).addmm_(h, B.to(h.dtype).t(), alpha=ctx.scale)
-            dm = (_summed_products(g, z).to(c.dtype) / norm).to(ctx.m_dtype)
+            dm = _given(ctx, _summed_products(_apart(ctx, g), _apart(ctx, z)).to(c.dtype) / norm)
         elif need_m:
-            total = _summed_products(g, y.view_as(g)).to(c.dtype)
+            total = _summed_products(_apart(ctx, g), _apart(ctx, y.view_as(g))).to(c.dtype)
             if bias is not None and db is not None:
-                total = total - bias.to(c.dtype) * db.to(c.dtype)
-            dm = (total / (c * norm)).to(ctx.m_dtype)
+                db_of = db if ctx.sinks is None else ctx.sinks.split(g).sum(1)
+                total = total - bias.to(c.dtype) * db_of.to(c.dtype)
+            dm = _given(ctx, total / (c * norm))
         dx, dA, dB = low_rank_gradients(ctx, scaled_rows(g, c), x, A, B, h, base)
         return dx, dA, dB, dm, db if need_bias else None, None, None, None, None, None, None, None
 
@@ -160,10 +162,22 @@ class _Decoded:
         return grad @ self.W
 
 
+def _apart(ctx: Any, flat: Tensor) -> Tensor:
+    return flat if ctx.sinks is None else ctx.sinks.split(flat)
+
+
+def _given(ctx: Any, dm: Tensor) -> Tensor | None:
+    """M's gradient, in its dtype; by example it goes to the sink, and None comes."""
+    if ctx.sinks is None:
+        return dm.to(ctx.m_dtype)
+    ctx.sinks.feed(2, dm)
+    return None
+
+
 def _summed_products(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of a b over rows: two (T, out) to (out,), accumulated in float32 or wider."""
+    """Sum of a b over tokens: two (..., T, out) to (..., out), accumulated in float32 or wider."""
     # CPUs accumulate in float32 anyway, and would copy all of it for an output of that dtype.
-    return (a * b).sum(0, dtype=None if a.device.type == "cpu" else torch.promote_types(a.dtype, torch.float32))
+    return (a * b).sum(-2, dtype=None if a.device.type == "cpu" else torch.promote_types(a.dtype, torch.float32))
 
 
 def dora_linear(
@@ -203,8 +217,8 @@ def dora_linear(
         # Autocast chooses a dtype for each operation; only the plain expression lets it.
         if norm is None:
             norm = row_norms(squared, base.matmul(A.detach().to(base.dtype)).t(), A, B, scale)
-        z = base.matmul(x) + F.linear(F.linear(F.dropout(x, dropout), A), B) * scale
-        y = z * (magnitude.to(norm.dtype) / norm).to(z.dtype)
+        z = base.matmul(x) + linear(linear(F.dropout(x, dropout), spread(A)), spread(B)) * scale
+        y = z * along((spread(magnitude).to(norm.dtype) / norm).to(z.dtype), z, 1)
         return (y if bias is None else y + bias.to(y.dtype)), norm
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)

@@ -11,6 +11,9 @@ With h = x A^T (T, r) and k = scale g B (T, r):
 Autograd over the plain expression would keep x twice (once as the dropout's output), the product before scaling, and
 build a (..., out) and a (..., in) temporary to add; here x and h are kept, and both additions accumulate in place into
 the frozen product's own output.
+
+Where gradients are asked for by example (`core/contexts.py`), the backward pass hands the sink those of A and B,
+k_i^T x_i and scale g_i^T h_i over example i's tokens, for the price of the sums in their place.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deltaw.core.contexts import ForwardContext, sink_context
 from deltaw.core.protocols import AbsorbingWeight, BaseWeight
+from deltaw.kernels.per_example import linear, spread
 
 
 def draw_dropout_seed() -> int:
@@ -59,6 +64,7 @@ class _LoraLinear(torch.autograd.Function):
         h = dropped @ A.to(x.dtype).t()
         out.addmm_(h, B.to(x.dtype).t(), alpha=scale)
         ctx.base, ctx.scale, ctx.p, ctx.seed, ctx.shape = base, scale, p, seed, x.shape
+        ctx.sinks = Sinks.of(x, A, B)
         _, need_A, need_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A else None, A, B, h if need_B else None)
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -72,13 +78,54 @@ class _LoraLinear(torch.autograd.Function):
         return dx, dA, dB, g.sum(0) if ctx.needs_input_grad[3] else None, None, None, None, None
 
 
+class Sinks:
+    """What a function's backward pass needs where its parameters' gradients are asked for by example.
+
+    Args:
+        context: what holds in the forward pass.
+        rows: examples in the function's input.
+        parameters: leaves, in the order in which the function knows them.
+    """
+
+    def __init__(self, context: ForwardContext, rows: int, parameters: tuple[Tensor | None, ...]) -> None:
+        assert context.sink is not None
+        self.sink, self.rows, self.parameters = context.sink, rows, parameters
+
+    @classmethod
+    def of(cls, x: Tensor, *parameters: Tensor | None) -> Sinks | None:
+        """For the context in force and the function's input x (..., in); None: nobody asks."""
+        context = sink_context()
+        if context is None or not any(p is not None and p.requires_grad for p in parameters):
+            return None
+        return cls(context, len(context.by_row(x)), parameters)
+
+    def feed(self, which: int, gradients: Tensor) -> None:
+        """The gradients of one parameter, (rows, *its shape)."""
+        parameter = self.parameters[which]
+        assert parameter is not None
+        self.sink.feed(parameter, gradients)
+
+    def split(self, flat: Tensor) -> Tensor:
+        """(T, d) to (rows, T / rows, d)."""
+        return flat.view(self.rows, -1, flat.shape[-1])
+
+
+def summed_products(a: Tensor, b: Tensor, sinks: Sinks | None, which: int, factor: float = 1.0) -> Tensor | None:
+    """Factor a^T b for a (T, m) and b (T, n): (m, n); where there are sinks they get it by example, and None comes."""
+    if sinks is None:
+        return (a.t() @ b).mul_(factor)
+    sinks.feed(which, torch.bmm(sinks.split(a).mT, sinks.split(b)).mul_(factor))
+    return None
+
+
 def low_rank_gradients(
     ctx: Any, g: Tensor, x: Tensor, A: Tensor, B: Tensor, h: Tensor, base: BaseWeight
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, A and B, its first three inputs, where a function wants them.
 
     Args:
-        ctx: a function's context, with `scale`, `p` and `seed` of its dropout and `shape` of x.
+        ctx: a function's context, with `scale`, `p` and `seed` of its dropout, `shape` of x and `sinks`, of which
+            A and B are the first parameters.
         g: the gradient of x W^T + scale (dropout(x) A^T) B^T, (T, out).
         x: (..., in); may be None where A wants no gradient.
         A: (r, in).
@@ -89,13 +136,13 @@ def low_rank_gradients(
     need_x, need_A, need_B = ctx.needs_input_grad[:3]
     dx = dA = dB = None
     if need_B:
-        dB = (g.t() @ h).mul_(ctx.scale).to(B.dtype)
+        dB = _in_dtype(summed_products(g, h, ctx.sinks, 1, ctx.scale), B)
     if need_x or need_A:
         mask = dropout_mask(g.new_empty(()).expand(len(g), ctx.shape[-1]), ctx.p, ctx.seed) if ctx.p else None
         k = (g @ B.to(g.dtype)).mul_(ctx.scale)
         if need_A:
             flat = x.reshape(-1, x.shape[-1])
-            dA = (k.t() @ (flat if mask is None else flat * mask)).to(A.dtype)
+            dA = _in_dtype(summed_products(k, flat if mask is None else flat * mask, ctx.sinks, 0), A)
         if need_x:
             dx = base.t_matmul(g)
             if mask is None:
@@ -104,6 +151,10 @@ def low_rank_gradients(
                 dx.addcmul_(k @ A.to(k.dtype), mask)
             dx = dx.view(ctx.shape)
     return dx, dA, dB
+
+
+def _in_dtype(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.to(parameter.dtype)
 
 
 def lora_linear(
@@ -132,7 +183,7 @@ def lora_linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         # Autocast chooses a dtype for each operation; only the plain expression lets it.
-        return base.matmul(x, bias) + F.linear(F.linear(F.dropout(x, dropout), A), B) * scale
+        return base.matmul(x, bias) + linear(linear(F.dropout(x, dropout), spread(A)), spread(B)) * scale
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     seed = draw_dropout_seed() if dropout else 0

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from deltaw.core.configs import accepts, spelling
 from deltaw.core.errors import InputError
 from deltaw.core.protocols import LowRank
+from deltaw.kernels.per_example import linear, spread
 from deltaw.methods.companions import companions, configured_sites
 from deltaw.methods.contract import Placed, Start
 from deltaw.methods.lora import LoRA
@@ -189,10 +190,10 @@ class AdaLoraPart(nn.Module):
 
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """Scale P diag(E) Q x in `base_out`'s dtype."""
-        low = self.low_rank()
-        assert low is not None
+        wide = torch.promote_types(self.lora_B.dtype, torch.float32)
+        A, B = spread(self.lora_A), spread(self.lora_B).to(wide) * spread(self.lora_E).to(wide).mT
         dropped = F.dropout(x, self.dropout, training=self.training)
-        return (F.linear(F.linear(dropped, low.A.to(x.dtype)), low.B.to(x.dtype)) * low.scale).to(base_out.dtype)
+        return (linear(linear(dropped, A.to(x.dtype)), B.to(x.dtype)) * self.scale).to(base_out.dtype)
 
     def extra_loss(self) -> Tensor:
         """The site's share of the orthogonality term, its weight included."""

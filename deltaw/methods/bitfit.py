@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deltaw.core.configs import accepts
 from deltaw.core.errors import InputError
 from deltaw.core.protocols import LowRank
+from deltaw.kernels.per_example import along, spread
 from deltaw.methods.companions import companions, configured_sites
 from deltaw.methods.contract import Method, Placed, Start
 from deltaw.models.sites import Site
@@ -68,7 +69,7 @@ class NewBias(nn.Module):
 
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """The bias, broadcast over tokens."""
-        return self.bias.to(base_out.dtype).expand_as(base_out)
+        return along(spread(self.bias).to(base_out.dtype), base_out, 1).expand_as(base_out)
 
     def delta(self, rows: slice | None = None) -> Tensor | None:
         """None: the matrix stays."""

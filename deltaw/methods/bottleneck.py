@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from deltaw.core.configs import accepts
 from deltaw.core.errors import InputError
 from deltaw.core.protocols import LowRank
+from deltaw.kernels.per_example import linear, spread
 from deltaw.methods.companions import companions, configured_sites
 from deltaw.methods.contract import Method, Placed, Start
 from deltaw.models.families import names_of, roles_of
@@ -132,8 +133,10 @@ class BottleneckPart(nn.Module):
         """U act(D y + d) + u in `base_out`'s dtype: (..., out)."""
         dtype = base_out.dtype
         y = F.dropout(base_out, self.dropout, training=self.training)
-        inner = ACTIVATIONS[self.activation](F.linear(y, self.down_weight.to(dtype), self.down_bias.to(dtype)))
-        return F.linear(inner, self.up_weight.to(dtype), self.up_bias.to(dtype))
+        down, d, up, u = (
+            spread(p).to(dtype) for p in (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        )
+        return linear(ACTIVATIONS[self.activation](linear(y, down, d)), up, u)
 
     def delta(self, rows: slice | None = None) -> Tensor | None:
         """None: the matrix stays."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deltaw.core.errors import InputError, near
 from deltaw.core.protocols import LowRank, packed_of
+from deltaw.kernels.per_example import along, linear, lookup, spread
 from deltaw.methods.contract import Placed
 from deltaw.models.sites import Site, base_modules, kind_of, site_of
 from deltaw.models.targets import pattern_value, resolve_targets
@@ -48,9 +49,9 @@ class BiasPart(nn.Module):
 
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """The shift, broadcast over tokens."""
-        shift = self.shift()
-        assert shift is not None
-        return shift.to(base_out.dtype).expand_as(base_out)
+        base: Tensor = self._module.bias
+        shift = spread(self.bias) - base.detach()
+        return along(shift.to(base_out.dtype), base_out, 1).expand_as(base_out)
 
     def delta(self, rows: slice | None = None) -> Tensor | None:
         """None: the matrix stays."""
@@ -114,29 +115,29 @@ class TokenRows(nn.Module):
         """None: the bias stays as it is."""
         return None
 
-    def _shift(self) -> Tensor:
+    def _shift(self, rows: Tensor) -> Tensor:
         values: Tensor = self._site.weight.take(self.index)
-        return self.rows - values
+        return rows - values
 
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """Adds T - W at chosen tokens (embedding), or h (T - W)^T at chosen logits (head)."""
-        shift = self._shift().to(base_out.dtype)
+        shift = self._shift(spread(self.rows)).to(base_out.dtype)
         if self.kind == "embedding":
             slot = torch.full((self._site.shape[1],), -1, dtype=torch.long, device=x.device)
             slot[self.index] = torch.arange(len(self.index), device=x.device)
             found = slot[x]
-            padded = torch.cat([shift, shift.new_zeros(1, shift.shape[1])])
+            padded = torch.cat([shift, torch.zeros_like(shift[..., :1, :])], dim=-2)
             scale = getattr(self._site.module, "embed_scale", None)
-            rows = padded[found]
+            rows = lookup(found, padded)
             return rows if scale is None else rows * torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
         out = torch.zeros_like(base_out)
-        return out.index_add(-1, self.index, x.to(shift.dtype) @ shift.t())
+        return out.index_add(-1, self.index, linear(x.to(shift.dtype), shift))
 
     def delta(self, rows: slice | None = None) -> Tensor | None:
         """T - W at the chosen rows of the stored matrix, zero elsewhere: (out, in) rows, at least float32."""
         out_features, in_features = self._site.shape
         start, stop, _ = (rows or slice(None)).indices(out_features)
-        shift = self._shift().detach()
+        shift = self._shift(self.rows).detach()
         shift = shift.to(torch.promote_types(shift.dtype, torch.float32))
         part = shift.new_zeros(stop - start, in_features)
         if self.kind == "embedding":

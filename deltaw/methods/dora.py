@@ -22,6 +22,7 @@ from deltaw.core.configs import accepts, aliases_of
 from deltaw.core.errors import InputError
 from deltaw.core.protocols import BaseWeight, LowRank
 from deltaw.kernels.dora_linear import dora_linear, row_norms, squared_row_norms
+from deltaw.kernels.per_example import along, spread
 from deltaw.methods.contract import Placed, Start
 from deltaw.methods.lora import LoRA, LoraPart, attach_parts
 from deltaw.models.sites import SiteWeight
@@ -160,7 +161,7 @@ class DoraPart(LoraPart):
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """(c - 1) W x + c scale B A x with c = m / norm, in `base_out`'s dtype."""
         norm = self.norm()
-        c = self.magnitude.to(norm.dtype) / norm
+        c = along(spread(self.magnitude).to(norm.dtype) / norm, base_out, 1)
         bias = getattr(self._module, "bias", None)
         product = base_out if bias is None else base_out - bias
         low = super().update(x, base_out)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.contexts import sink_context
 from deltaw.core.errors import InputError, unknown_name
 from deltaw.core.generators import generator
 from deltaw.core.protocols import AbsorbingWeight, LowRank
@@ -113,6 +114,8 @@ class AdaptedSite(nn.Module):
         dropouts = set()
         assert self.weight is not None
         absorbing = self.weight.packed if self.merge_aware and self.training else None
+        if sink_context() is not None and not _feeds(chosen):
+            return None
         if len(chosen) == 1 and chosen[0][1] == 1 and hasattr(chosen[0][0], "alone") and absorbing is None:
             whole: Tensor = chosen[0][0].alone(x, self.weight, bias)
             return whole
@@ -145,6 +148,14 @@ class AdaptedSite(nn.Module):
             packed = cast(AbsorbingWeight, absorbing)
             return absorbed_linear(x, packed, A, B, scale=scale, out_scale=out_scale, bias=bias)
         return lora_linear(x, self.weight, A, B, scale=scale, bias=bias, dropout=dropouts.pop())
+
+
+def _feeds(chosen: list[tuple[Any, float]]) -> bool:
+    """Whether the one-function path knows the gradients by example: of factors that are themselves what is trained."""
+    if len(chosen) > 1 or chosen[0][1] != 1 or chosen[0][0].shift() is not None:
+        return False
+    factors = getattr(chosen[0][0], "factors", None)
+    return factors is not None and all(factor.is_leaf for factor in factors())
 
 
 def _conv1d_forward() -> Any:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from deltaw.core.configs import accepts, spelling
 from deltaw.core.errors import InputError
 from deltaw.core.protocols import LowRank
+from deltaw.kernels.per_example import along, linear, lookup, spread
 from deltaw.methods.companions import companions, configured_sites
 from deltaw.methods.contract import Placed, Start
 from deltaw.methods.initial import (
@@ -262,20 +263,28 @@ class LoraPart(nn.Module):
 
     def update(self, x: Tensor, base_out: Tensor) -> Tensor:
         """Scale B A x in `base_out`'s dtype; for an embedding x holds token ids."""
-        dtype, (A, B) = base_out.dtype, self.factors()
+        dtype, A, B = base_out.dtype, spread(self.lora_A), spread(self.lora_B)
         if self.kind == "embedding":
-            padding: int | None = self._module.padding_idx
-            rows = F.embedding(x, A.t(), padding_idx=padding).to(dtype)
-            out = F.linear(rows, B.to(dtype)) * self.scale
-            embed_scale = getattr(self._module, "embed_scale", None)
-            if embed_scale is not None:
-                out = out * torch.as_tensor(embed_scale, dtype=dtype, device=out.device)
-            return out
+            return self._embedded(x, A, B, dtype)
         dropped = F.dropout(x, self.dropout, training=self.training)
-        out = F.linear(F.linear(dropped, A.to(x.dtype)), B.to(x.dtype))
+        h = linear(dropped, A.to(x.dtype))
+        if self.start_A is None or self.start_B is None:
+            out = linear(h, B.to(x.dtype))
+        else:
+            at_start = F.linear(dropped, self.start_A.to(x.dtype))
+            out = linear(h + at_start, B.to(x.dtype)) + F.linear(h, self.start_B.to(x.dtype))
         if self.lora_bias is not None:
-            out = out + self.lora_bias.to(x.dtype)
+            out = out + along(spread(self.lora_bias).to(x.dtype), out, 1)
         return (out * self.scale).to(dtype)
+
+    def _embedded(self, ids: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.start_A is not None and self.start_B is not None:
+            A, B = self.factors()
+        padding: int | None = self._module.padding_idx
+        rows = F.embedding(ids, A.t(), padding_idx=padding) if A.dim() == 2 else _looked_up(ids, A.mT, padding)
+        out = linear(rows.to(dtype), B.to(dtype)) * self.scale
+        embed_scale = getattr(self._module, "embed_scale", None)
+        return out if embed_scale is None else out * torch.as_tensor(embed_scale, dtype=dtype, device=out.device)
 
     def delta(self, rows: slice | None = None) -> Tensor | None:
         """Scale B A, in float32 or wider."""
@@ -329,6 +338,12 @@ class LoraPart(nn.Module):
         """Rank and scale, and where it started, if not at random."""
         start = {} if self.init == "default" else {"init": self.init}
         return {"r": self.lora_A.shape[0], "scale": self.scale, **start}
+
+
+def _looked_up(ids: Tensor, W: Tensor, padding: int | None) -> Tensor:
+    """Rows of W (batch, n, d) by number; those of padding pass no gradient on."""
+    found = lookup(ids, W)
+    return found if padding is None else torch.where((ids == padding).unsqueeze(-1), found.detach(), found)
 
 
 def attach(model: nn.Module, config: LoRA, start: Start) -> list[Placed]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from deltaw.core.configs import accepts
 from deltaw.core.errors import InputError
 from deltaw.core.protocols import LowRank
+from deltaw.kernels.per_example import spread
 from deltaw.methods.companions import companions
 from deltaw.methods.contract import Method, Placed, Start
 from deltaw.methods.neftune import arguments_of, entry_of, path_of
@@ -101,7 +102,10 @@ class PrefixPart(nn.Module):
                 f"{past + tokens.shape[1]} tokens after a prefix of {n} are more than the {limit} positions of "
                 f"{type(module).__name__}: shorten max_length to {limit - n}"
             )
-        prefix = self.prompt_embeddings.view(n, self.layers * 2, self.heads, self.head_dim).permute(1, 2, 0, 3)
+        prefix = spread(self.prompt_embeddings, len(tokens))
+        prefix = prefix.view(*prefix.shape[:-1], self.layers * 2, self.heads, self.head_dim)
+        # (layers * 2, heads, n, head_dim), or (layers * 2, batch, heads, n, head_dim) by example.
+        prefix = prefix.movedim(-3, 0).transpose(-2, -3)
         given["past_key_values"] = _prefixed_cache()(prefix, cache)
         if mask is not None:
             given["attention_mask"] = torch.cat([mask.new_ones(len(mask), n), mask], dim=1)
@@ -184,7 +188,8 @@ def _prefixed_cache() -> Any:
         """A cache seen with a prefix before it, for one forward pass.
 
         Args:
-            prefix: (layers * 2, heads, n, head_dim): keys and values in turn.
+            prefix: (layers * 2, heads, n, head_dim): keys and values in turn; (layers * 2, batch, ...) where each row
+                of the batch has one.
             inner: the caller's cache, which the text's keys and values go into; None keeps none.
         """
 
@@ -203,17 +208,17 @@ def _prefixed_cache() -> Any:
                 return new
             own = self.prefix[2 * layer_idx : 2 * layer_idx + 2].to(keys.device, keys.dtype)
             return tuple(
-                torch.cat([before.expand(len(after), -1, -1, -1), after], dim=-2)
+                torch.cat([before.expand(len(after), *before.shape[-3:]), after], dim=-2)
                 for before, after in zip(own, new, strict=True)
             )
 
         def get_seq_length(self, layer_idx: int = 0) -> int:
             past: int = 0 if self.inner is None else self.inner.get_seq_length(layer_idx)
-            return past + self.prefix.shape[2]
+            return past + self.prefix.shape[-2]
 
         def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
             length, offset = self._inner_sizes(query_length, layer_idx)
-            n = self.prefix.shape[2]
+            n = self.prefix.shape[-2]
             # Once a sliding layer has dropped tokens of the text, the prefix before them is out of its window too.
             return (length, offset + n) if offset else (length + n, 0)
 

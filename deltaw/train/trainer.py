@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -13,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
 from deltaw.checkpoint.adapters import adapter_state, write_state
 from deltaw.core.errors import InputError, RunError
 from deltaw.core.files import sync_folder
-from deltaw.data.encode import IGNORED
 from deltaw.methods import adapter_parameters
 from deltaw.methods.contract import Controller
 from deltaw.methods.host import active_method, parts_of, set_merge_aware, steady_parts
 from deltaw.quant.paged import PagedAdamW, paged_optimizer
 from deltaw.train.groups import parameter_groups, rate_ratios
+from deltaw.train.losses import SummedLoss
 from deltaw.train.order import StepOrder
 from deltaw.train.run_folder import RunFolder
 from deltaw.train.sharding import (
@@ -95,7 +93,7 @@ class DeltawTrainer(transformers.Trainer):
         step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         lengths = [len(example["input_ids"]) for example in kwargs["train_dataset"]]
         self.order = StepOrder(lengths, step_rows=step_rows, seed=self.args.data_seed or 0)
-        self.shifted, self.own_loss = _loss_of(kwargs["model"], self.task)
+        self.summed_loss = SummedLoss(kwargs["model"], self.task)
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_before = 0
         self.finite = torch.ones((), dtype=torch.bool, device=self.args.device)
@@ -145,8 +143,8 @@ class DeltawTrainer(transformers.Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Labels that carry loss, of a whole step over all processes; at least 1, so that none means a loss of 0."""
-        labels = [batch["labels"][..., 1:] if self.shifted else batch["labels"] for batch in batch_samples]
-        count = torch.stack([found.ne(IGNORED).sum() for found in labels]).sum().to(device)
+        counts = [self.summed_loss.counts(batch["labels"]).sum() for batch in batch_samples]
+        count = torch.stack(counts).sum().to(device)
         return self.summed(count).clamp(min=1)
 
     def summed(self, value: Tensor) -> Tensor:
@@ -163,17 +161,10 @@ class DeltawTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss summed over labels, divided by how many the whole step has: how rows are batched changes nothing.
-
-        Most of transformers' classification and encoder-decoder models average over each micro-batch, whatever they
-        are told; for those the loss is made here, from their logits.
-        """
+        """The loss summed over labels, divided by how many the whole step has: how rows are batched changes nothing."""
         # Not accelerate's autocast, which replaces the model's forward for good.
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast):
-            if self.own_loss:
-                loss = self._loss_from_logits(model, dict(inputs)) / num_items_in_batch
-            else:
-                loss = model(**inputs, num_items_in_batch=num_items_in_batch).loss
+            loss = self.summed_loss(model, inputs, over=num_items_in_batch)
         # Processes' gradients are averaged, and their labels are counted together.
         loss = loss * self.args.world_size
         if self.extra_losses:
@@ -181,17 +172,6 @@ class DeltawTrainer(transformers.Trainer):
             # Its gradient counts; logs show the loss of the task.
             loss = loss + (extra - extra.detach()).to(loss.dtype)
         return loss
-
-    def _loss_from_logits(self, model: nn.Module, given: dict[str, Any]) -> Tensor:
-        labels = given.pop("labels")
-        own = self.accelerator.unwrap_model(model)
-        if own.config.is_encoder_decoder and self.task in ("causal-lm", "instruct"):
-            given["decoder_input_ids"] = own.prepare_decoder_input_ids_from_labels(labels=labels)
-        logits = model(**given).logits
-        if self.shifted:
-            labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
-        logits, labels = logits.flatten(0, -2).float(), labels.flatten().to(logits.device)
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """A micro-batch: counts tokens, and notes a loss that is not finite without waiting for the device."""
@@ -486,16 +466,6 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_evaluate = control.should_save = False
-
-
-def _loss_of(model: Any, task: str) -> tuple[bool, bool]:
-    """Whether labels are predicted from the position before, and whether the loss has to be made from the logits."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    if task not in ("causal-lm", "instruct") or model.config.is_encoder_decoder:
-        return False, True
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
-    return True, not (takes_any and model.loss_function is ForCausalLMLoss)
 
 
 def _progress(line: Mapping[str, Any], max_steps: int) -> str:
