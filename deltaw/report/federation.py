@@ -25,6 +25,7 @@ from deltaw.report.federation_tables import (
     RULES,
     Federation,
     best_alone,
+    brief,
     by_round,
     entries,
     fact_names,
@@ -67,6 +68,9 @@ from deltaw.report.tables import (
     part,
     plain,
 )
+
+#: A smaller relative error is rounding, which needs no chart.
+DRAWN_ERROR = 1e-5
 
 
 def write_federation(folder: str | os.PathLike[str]) -> Path:
@@ -132,7 +136,7 @@ def _facts(fed: Federation) -> Html:
         ("Method", method_name(run) if part(run, "method") else MISSING),
         ("Task", plain(run.get("task"))),
         ("Transport", plain(settings.get("transport"))),
-        ("Secure aggregation", {True: "on", False: "off"}.get(settings.get("secure") is True, MISSING)),
+        ("Secure aggregation", {"yes": "on", "no": "off"}.get(plain(settings.get("secure")), MISSING)),
         ("Differential privacy", _protected(run)),
         ("Status", plain(run.get("status"))),
         ("Started", moment(run.get("started"))),
@@ -222,6 +226,7 @@ def _ends(fed: Federation) -> str:
     ends = final(fed)
     best, worst = next(iter(ends)), next(reversed(ends))
     written = [format_metric(fed.main or "", ends[silo]) for silo in (best, worst)]
+    best, worst = brief(best), brief(worst)
     if len(ends) == 1:
         return f"On {best}'s own rows: {written[0]}."
     return f"On their own rows the silos end between {written[1]} ({worst}) and {written[0]} ({best})."
@@ -237,7 +242,7 @@ def _tiles(fed: Federation) -> list[tuple[str, str, str]]:
     tiles = []
     if alone is not None:
         value = part(fed.run, "metrics", "silos", alone, "alone").get(fed.main or "")
-        tiles.append(("Best single silo", format_metric(fed.main or "", value), f"{alone}, trained by itself"))
+        tiles.append(("Best single silo", format_metric(fed.main or "", value), f"{brief(alone)}, trained by itself"))
     rounds = format_count(len(fed.trained)) + (f" of {format_count(planned)}" if planned is not None else "")
     both = (up or 0) + (down or 0) if up is not None or down is not None else None
     tiles += [
@@ -303,7 +308,7 @@ def _rule(fed: Federation) -> Html | None:
         top = max(y for _, y in points if y is not None)
         said = f"{label(name)} is {short(end)} in round {points[-1][0]:,.0f}, at most {short(top)}"
         words.append(el("p", f"{said}{f': {FACTS[name]}' if name in FACTS else ''}.", cls="muted"))
-        if name in FACTS and top > 0 and len(points) > 1:
+        if name in FACTS and top > DRAWN_ERROR and len(points) > 1:
             drawn = line_chart(
                 [Series(label(name).lower(), points)],
                 x_label="round",
@@ -315,7 +320,7 @@ def _rule(fed: Federation) -> Html | None:
     if not names:
         unseen = "no error is known, since the server sees only the sum" if fed.secure else "the rule recorded no error"
         words.append(el("p", f"Here {unseen}.", cls="muted"))
-    return join(card(words), el("div", figures, cls="grid") if figures else None)
+    return el("div", card(words), figures, cls="grid") if figures else card(words)
 
 
 def _silos(fed: Federation) -> Html | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from deltaw.report.federation_charts import Level, silos_chart
 from deltaw.report.federation_rounds import lines_of
-from deltaw.report.federation_tables import MANY, Federation, by_silo, last, over_rounds
+from deltaw.report.federation_tables import MANY, Federation, brief, by_silo, last, over_rounds
 from deltaw.report.markup import Html, el, join
 from deltaw.report.page import card, folded, table
 from deltaw.report.tables import (
@@ -134,8 +134,8 @@ def _in_words(fed: Federation) -> list[tuple[str, str | None]]:
     what = {"example": f"each {one}'s gradient", "update": "each silo's update"}.get(plain(privacy.get("level")))
     if what:
         bound = f" to a norm of {clip:g}" if clip is not None else ""
-        times = f" of {noise:g} times that norm" if noise is not None and clip is not None else ""
-        said.append((f"How: {what} is clipped{bound}, and Gaussian noise{times} is added.", "muted"))
+        times = f" with {noise:g} times that norm as its standard deviation" if noise is not None and bound else ""
+        said.append((f"How: {what} is clipped{bound}, and noise{times} is added.", "muted"))
     over = [
         silo
         for silo, value in spent.items()
@@ -143,7 +143,7 @@ def _in_words(fed: Federation) -> list[tuple[str, str | None]]:
         and value > goal * (1 + 1e-9)
     ]
     if over:
-        which = over[0] if len(over) == 1 else f"{len(over)} silos ({over[0]} and others)"
+        which = brief(over[0]) if len(over) == 1 else f"{len(over)} silos ({brief(over[0])} and others)"
         said.append((f"The target was passed by {which}: the table says by how much.", "over"))
     return said
 
@@ -173,7 +173,7 @@ def _spent(fed: Federation) -> Html | None:
         return None
     most = max(ends, key=lambda silo: ends[silo])
     target = f" The target is {format_epsilon(goal)}." if goal is not None else ""
-    said = f"Most was spent by {most}: {format_epsilon(ends[most])}.{target}"
+    said = f"Most was spent by {brief(most)}: {format_epsilon(ends[most])}.{target}"
     summary = f"Line chart of epsilon by round for {len(ends)} silos. {said}"
     level = None if goal is None else Level(f"target {format_epsilon(goal)}", goal)
     drawn = silos_chart(lines_of(fed, found), y_label="epsilon", summary=summary, from_zero=True, level=level)
@@ -190,7 +190,10 @@ def collusion_table(fed: Federation) -> Table:
     counts = sorted({int(key) for peers in found.values() for key in peers if key.isdecimal() and len(key) < 7})
     if len(counts) > 6:
         counts = [*counts[:3], counts[len(counts) // 2], *counts[-2:]]
-    head = ["Silo", *("None colludes" if n == 0 else f"{n} collude{'s' if n == 1 else ''}" for n in counts)]
+    others = len(fed.silos) - 1
+    names = {n: f"{n} collude{'s' if n == 1 else ''}" for n in counts} | {0: "None colludes"}
+    names |= {others: f"All {others} others collude"} if others > 1 else {}
+    head = ["Silo", *(names[n] for n in counts)]
     rows = [[silo, *(format_epsilon(peers.get(str(n))) for n in counts)] for silo, peers in found.items() if peers]
     return without_empty_columns([head, *rows])
 

@@ -9,12 +9,15 @@ from deltaw.report.charts import Series, line_chart
 from deltaw.report.federation_charts import Line, silos_chart
 from deltaw.report.federation_tables import (
     MANY,
+    MOST_COLOURED,
     Federation,
     Points,
+    brief,
     by_round,
     by_silo,
     coloured,
     last,
+    medians,
     over_rounds,
     quality_table,
     rounds_table,
@@ -33,7 +36,7 @@ UNSEEN = "Under secure aggregation the server sees only the sum of the updates: 
 def lines_of(fed: Federation, found: dict[str, Points]) -> list[Line]:
     """Lines of silos, each with its colour on this page."""
     looks = coloured(fed)
-    return [Line(silo, points, looks.index(silo) if silo in looks else "rest") for silo, points in found.items()]
+    return [Line(brief(silo), points, looks.index(silo) if silo in looks else "rest") for silo, points in found.items()]
 
 
 def bars(caption: str, rows: Sequence[tuple[str, float, str]], *, strong: str = "") -> Html:
@@ -60,8 +63,9 @@ def _extremes(found: dict[str, Points], write: Callable[[Any], str]) -> str:
         return ""
     high, low = max(ends, key=lambda silo: ends[silo]), min(ends, key=lambda silo: ends[silo])
     if len(ends) == 1:
-        return f"{high} ends at {write(ends[high])}."
-    return f"Of {len(ends)} silos {high} ends highest ({write(ends[high])}) and {low} lowest ({write(ends[low])})."
+        return f"{brief(high)} ends at {write(ends[high])}."
+    top, bottom = f"{brief(high)} ends highest ({write(ends[high])})", f"{brief(low)} lowest ({write(ends[low])})"
+    return f"Of {len(ends)} silos {top} and {bottom}."
 
 
 def quality_section(fed: Federation) -> Html | None:
@@ -112,7 +116,9 @@ def _quality_in_words(fed: Federation, together: Points, silos: dict[str, Points
         )
     if not silos:
         return " ".join([*said, "No silo measured the adapter on rows of its own."])
-    said.append(f"On their own rows: {_extremes(silos, lambda value: format_metric(name, value))}")
+    said.append(
+        f"On their own rows: {_extremes(silos, lambda value: format_metric(name, value)).replace('Of', 'of', 1)}"
+    )
     if (count := len(coloured(fed))) < len(fed.silos):
         said.append(f"{count} silos have a colour, the best and the worst at the end; the others are thin.")
     return " ".join(said)
@@ -127,9 +133,10 @@ OF_UPDATES = (
 
 def drift_section(fed: Federation) -> Html:
     """How far the silos' updates are from each other."""
-    boxes = [box for box in (_drift(fed), *(_of_updates(fed, *row) for row in OF_UPDATES)) if box is not None]
-    if boxes:
-        return el("div", boxes, cls="grid")
+    boxes = [box for box in (_of_updates(fed, *row) for row in OF_UPDATES) if box is not None]
+    drift = _drift(fed)
+    if boxes or drift is not None:
+        return join(drift, el("div", boxes, cls="grid") if boxes else None)
     return card(el("p", UNSEEN if fed.secure else "No round recorded drift, norms or cosines."))
 
 
@@ -150,7 +157,7 @@ def _drift(fed: Federation) -> Html | None:
         "The distance of a silo's update from the mean update, as a share of the mean's norm, on average over silos: "
         "0 where all agree; above 1 they differ by more than they share."
     )
-    return card(el("h3", "Drift"), drawn, el("p", f"{said} {meaning}", cls="muted said"))
+    return card(el("div", drawn, el("div", el("p", said), el("p", meaning, cls="muted")), cls="grid"))
 
 
 def _of_updates(fed: Federation, key: str, title: str, axis: str, from_zero: bool, meaning: str) -> Html | None:
@@ -158,7 +165,10 @@ def _of_updates(fed: Federation, key: str, title: str, axis: str, from_zero: boo
     found = by_silo(fed, key)
     ends = _extremes(found, short)
     summary = f"Line chart: {title.lower()} by round and silo. {ends}"
-    drawn = silos_chart(lines_of(fed, found), y_label=axis, summary=summary, from_zero=from_zero)
+    lines = lines_of(fed, found)
+    if len(found) > MOST_COLOURED:
+        lines.append(Line("median of all silos", medians(found), "all"))
+    drawn = silos_chart(lines, y_label=axis, summary=summary, from_zero=from_zero)
     if drawn is None:
         return None
     rows = folded("Numbers by round and silo", table(over_rounds(found), title))
@@ -184,11 +194,13 @@ def bytes_section(fed: Federation) -> Html:
     if most <= 0:
         boxes.append(card(el("h3", "By silo"), el("p", "The bytes of single silos were not recorded.")))
         return el("div", boxes, cls="grid")
-    drawn = bars("Bytes up, all rounds", [(silo, v / most, format_bytes(v)) for silo, v in by_client.items()])
+    drawn = bars("Bytes up, all rounds", [(brief(silo), v / most, format_bytes(v)) for silo, v in by_client.items()])
     if len(by_client) <= MANY:
         return el("div", boxes, card(el("h3", "By silo"), drawn), cls="grid")
     least = min(by_client, key=lambda silo: by_client[silo])
     top = max(by_client, key=lambda silo: by_client[silo])
-    between = f"Between {format_bytes(by_client[least])} ({least}) and {format_bytes(most)} ({top}) up by silo."
+    between = (
+        f"Between {format_bytes(by_client[least])} ({brief(least)}) and {format_bytes(most)} ({brief(top)}) up by silo."
+    )
     boxes.append(card(el("h3", "By silo"), el("p", between), folded(f"Every silo ({len(by_client)})", drawn)))
     return el("div", boxes, cls="grid")

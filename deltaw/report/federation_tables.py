@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deltaw.report.federation_charts import MOST_LETTERS
 from deltaw.report.folder import RunFolder
 from deltaw.report.page import DRAWABLE
 from deltaw.report.tables import (
@@ -28,8 +30,8 @@ from deltaw.report.tables import (
 )
 
 ROUNDS = "rounds.jsonl"
-#: As many silos get a colour of their own.
-MOST_COLOURED = 8
+#: Of so many silos each has a colour of its own; of more, so many of the best and of the worst.
+MOST_COLOURED, EXTREMES = 8, 3
 #: Tables of more silos are folded.
 MANY = 12
 #: A table over the rounds has at most so many columns.
@@ -180,6 +182,16 @@ def last(points: Points) -> float | None:
     return next((y for _, y in reversed(points) if y is not None), None)
 
 
+def medians(found: dict[str, Points]) -> Points:
+    """(round, the median of the silos' measured values)."""
+    by_number: dict[float, list[float]] = {}
+    for points in found.values():
+        for x, y in points:
+            if y is not None:
+                by_number.setdefault(x, []).append(y)
+    return [(x, statistics.median(values)) for x, values in sorted(by_number.items())]
+
+
 def final(fed: Federation) -> dict[str, float]:
     """The main metric at the end on each silo's own rows, best first."""
     if fed.main is None:
@@ -199,11 +211,10 @@ def coloured(fed: Federation) -> list[str]:
     """
     if len(fed.silos) <= MOST_COLOURED:
         return fed.silos
-    half = MOST_COLOURED // 2
-    if len(ranked := list(final(fed))) >= MOST_COLOURED:
-        return ranked[:half] + ranked[-half:]
+    if len(ranked := list(final(fed))) >= 2 * EXTREMES:
+        return ranked[:EXTREMES] + ranked[-EXTREMES:]
     cosine = {silo: last(points) or 0.0 for silo, points in by_silo(fed, "cosine").items()}
-    return [*sorted(cosine, key=lambda silo: cosine[silo]), *fed.silos][:MOST_COLOURED]
+    return [*sorted(cosine, key=lambda silo: cosine[silo]), *fed.silos][: 2 * EXTREMES]
 
 
 def rounds_table(fed: Federation) -> Table:
@@ -226,6 +237,11 @@ def rounds_table(fed: Federation) -> Table:
             ]
         )
     return without_empty_columns(table)
+
+
+def brief(silo: str) -> str:
+    """A silo's name for a sentence or a legend; tables have it whole."""
+    return silo if len(silo) <= MOST_LETTERS else f"{silo[: MOST_LETTERS - 1]}…"
 
 
 def short(value: Any) -> str:
@@ -257,7 +273,7 @@ def quality_table(fed: Federation) -> Table:
     """One row a silo: the main metric before and after on its own rows, and of its adapter trained by itself."""
     if fed.main is None:
         return []
-    table = [["Silo", "Before", "After", "Change", "Trained alone"]]
+    table = [["Silo", "Before", "After", "Change", "Trained alone, shared test set"]]
     ends = final(fed)
     starts = {
         silo: next((y for x, y in points if x == 0), None) for silo, points in by_silo(fed, "metrics", fed.main).items()
