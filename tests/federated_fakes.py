@@ -1,0 +1,190 @@
+"""Clients whose training is arithmetic, configurations, and transports that lose, tear and repeat what they carry."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import torch
+
+from deltaw.core.generators import generator
+from deltaw.core.protocols import LowRank
+from deltaw.federated.client import Client, LocalResult
+from deltaw.federated.config import make_federation_config
+from deltaw.federated.messages import Message, pack, unpack
+from deltaw.federated.state import GlobalState, Layout
+from deltaw.federated.store import ClientStore
+from deltaw.federated.transport import TransportFailure
+
+SHAPES = {"layer:lora_A": (2, 5), "layer:lora_B": (4, 2), "head:bias": (3,)}
+BASE = "ab" * 32
+
+
+def layout(**changes):
+    config = {"r": 2, "alpha": 4, "init": "default", "freeze_a": False}
+    found = {"shapes": SHAPES, "scales": {"layer": 2.0}, "method": "lora", "config": config, "frozen": frozenset()}
+    return Layout(**{**found, **changes})
+
+
+def start_state():
+    draw = generator(0, "start")
+    tensors = {key: torch.randn(shape, generator=draw) for key, shape in SHAPES.items()}
+    return GlobalState(tensors | {"layer:lora_B": torch.zeros(4, 2)})
+
+
+def trained_change(name, round_, key, shape):
+    """What a fake client adds to a tensor in a round."""
+    return 0.1 * torch.randn(shape, generator=generator(7, name, round_, key))
+
+
+class FakeTrainer:
+    """Adds `trained_change`; writes a line for each training where `log` is given."""
+
+    def __init__(self, name, *, examples=10, base=BASE, log=None, poison=None, die=None, layout_=None):
+        self.name, self.examples, self.base, self.log, self.poison = name, examples, base, log, poison
+        self.die, self.layout, self.folds = die, layout_ or layout(), []
+
+    def _note(self, what, round_):
+        if self.log is not None:
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(json.dumps([self.name, what, round_]) + "\n")
+        if self.die is not None and self.die["at"] == f"{what}-{round_}" and not os.path.exists(self.die["flag"]):
+            Path(self.die["flag"]).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def describe(self):
+        return {"base": self.base, "layout": {}, "examples": self.examples, "versions": {"torch": "x"}}
+
+    def initial(self):
+        return start_state(), self.layout
+
+    def train(self, start, *, trained, round_, rounds):
+        self._note("train", round_)
+        tensors = {k: start.tensors[k] + trained_change(self.name, round_, k, SHAPES[k]) for k in sorted(trained)}
+        if self.poison == "nan":
+            tensors["head:bias"] = tensors["head:bias"] / 0 * 0
+        if self.poison == "raise":
+            raise ValueError("row 3 is 'secret'")
+        return LocalResult(tensors, self.examples, {"loss": 0.5, "epsilon": 1.0 + round_})
+
+    def evaluate(self, state):
+        self._note("evaluate", len(self.folds))
+        return {"norm": float(sum(value.square().sum() for value in whole(state, self.folds).values()))}
+
+    def fold(self, carried):
+        self.folds.append(carried)
+
+
+def whole(state, folds=()):
+    """What a model computes with, in float64: the site's product with all that is carried and folded, and the rest."""
+    B, A = state.tensors["layer:lora_B"].double(), state.tensors["layer:lora_A"].double()
+    product = 2.0 * B @ A
+    for carried in [state.carried, *folds]:
+        for low in carried.values():
+            product = product + low.scale * low.B.double() @ low.A.double()
+    return {"layer": product, "head:bias": state.tensors["head:bias"].double()}
+
+
+def expected_product(low: LowRank):
+    return low.scale * low.B.double() @ low.A.double()
+
+
+def make_config(names, **keys):
+    clients = {name: {"data": "rows.jsonl"} for name in names}
+    return make_federation_config({"clients": clients, "wait_s": 0, "seed": 3, **keys})
+
+
+def secure_parts(names, config, *, phases=1, seed=None):
+    """(identities, roster) of a secure federation."""
+    from deltaw.federated.secure import IdentityKey, SecureSettings
+    from deltaw.federated.secure_exchange import SecureRoster
+
+    identities = {name: IdentityKey.make() for name in names}
+    bound = config.secure_weight_bound if config.weighting == "examples" else 1
+    settings = SecureSettings(threshold=config.threshold, phases=phases, clip=config.secure_clip, weight_bound=bound)
+    return identities, SecureRoster({name: key.public for name, key in identities.items()}, settings)
+
+
+def make_client(name, *, folder=None, secure=None, explain=False, **options):
+    """A client with a fake trainer; also the factory of worker processes, which give plain options."""
+    machine = None
+    if secure is not None:
+        from deltaw.federated.secure import SecureClient
+
+        identities, roster = secure
+        machine = SecureClient(name, identities[name], roster.peers, settings=roster.settings)
+    store = ClientStore(None if folder is None else Path(folder) / name)
+    return Client(name, FakeTrainer(name, **options), store, secure=machine, explain=explain)
+
+
+class Echo:
+    """Answers with its own process id and the request; some requests are orders."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def handle(self, request):
+        import time
+
+        word = request.decode()
+        if word.startswith("sleep"):
+            time.sleep(float(word.split()[1]))
+        if word == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if word == "raise":
+            raise RuntimeError("no\nway")
+        return f"{self.name} {os.getpid()} {word}".encode()
+
+
+def make_echo(name):
+    return Echo(name)
+
+
+class Rough:
+    """A transport around another one, that spoils replies: `spoil(name, request, reply)` gives what arrives instead.
+
+    `request` is unpacked; a `TransportFailure` may be given. With `before=True` the client never sees the request.
+    """
+
+    def __init__(self, inner, spoil, *, before=None):
+        self.inner, self.spoil, self.before = inner, spoil, before
+
+    def clients(self, *, wait_for, timeout_s):
+        return self.inner.clients(wait_for=wait_for, timeout_s=timeout_s)
+
+    def exchange(self, requests, *, deadline_s):
+        lost = {}
+        if self.before is not None:
+            lost = {n: failure for n, r in requests.items() if (failure := self.before(n, unpack(r))) is not None}
+        yield from lost.items()
+        for name, reply in self.inner.exchange(
+            {n: r for n, r in requests.items() if n not in lost}, deadline_s=deadline_s
+        ):
+            yield name, self.spoil(name, unpack(requests[name]), reply)
+
+    def close(self):
+        self.inner.close()
+
+
+def changed(reply, *, kind=None, tensors=None, **header):
+    """A reply with parts of it replaced, its checksum right."""
+    message = unpack(reply)
+    return pack(Message(kind or message.kind, {**message.header, **header}, tensors or message.tensors))
+
+
+def dropper(seed, share):
+    """Loses requests and replies at random, a share of each."""
+    draw = random.Random(seed)
+
+    def before(name, request):
+        lost = request.kind not in ("hello", "initial") and draw.random() < share
+        return TransportFailure("lost on the way there") if lost else None
+
+    def spoil(name, request, reply):
+        lost = request.kind not in ("hello", "initial") and draw.random() < share
+        return TransportFailure("lost on the way back", late=True) if lost else reply
+
+    return spoil, before
