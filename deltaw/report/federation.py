@@ -35,6 +35,7 @@ from deltaw.report.federation_tables import (
     short,
     silos_table,
     total,
+    uploads_facts,
     view,
 )
 from deltaw.report.folder import read_folder, read_lines
@@ -308,7 +309,7 @@ def _rule(fed: Federation) -> Html | None:
         top = max(y for _, y in points if y is not None)
         said = f"{label(name)} is {short(end)} in round {points[-1][0]:,.0f}, at most {short(top)}"
         words.append(el("p", f"{said}{f': {FACTS[name]}' if name in FACTS else ''}.", cls="muted"))
-        if name in FACTS and top > DRAWN_ERROR and len(points) > 1:
+        if name.endswith("_error") and top > DRAWN_ERROR and len(points) > 1:
             drawn = line_chart(
                 [Series(label(name).lower(), points)],
                 x_label="round",
@@ -317,6 +318,9 @@ def _rule(fed: Federation) -> Html | None:
                 from_zero=True,
             )
             figures.append(card(el("h3", label(name)), drawn))
+    for name, uploads in uploads_facts(fed).items():
+        often = ", ".join(f"{brief(upload)} in {format_count(count)}" for upload, count in uploads.most_common(MANY))
+        words.append(el("p", f"{label(name)}, by rounds (at most {MANY} shown): {often}.", cls="muted"))
     if not names:
         unseen = "no error is known, since the server sees only the sum" if fed.secure else "the rule recorded no error"
         words.append(el("p", f"Here {unseen}.", cls="muted"))

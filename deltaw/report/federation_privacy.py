@@ -43,7 +43,7 @@ def format_epsilon(value: Any) -> str:
 def format_delta(value: Any) -> str:
     """Delta as a power of ten where it is small: 1e-5."""
     found = number(value)
-    return MISSING if found is None else f"{found:g}".replace("e-0", "e-")
+    return MISSING if found is None else f"{found:.3g}".replace("e-0", "e-")
 
 
 def epsilons(fed: Federation) -> dict[str, float]:
@@ -73,9 +73,12 @@ def statement(fed: Federation) -> str:
     pair = f"(epsilon, delta) = ({format_epsilon(spent[worst])}, {format_delta(privacy.get('delta'))})"
     how = [f"{pair} for one {unit(fed)}", plain(privacy.get("adjacency"))]
     how.append(SAMPLING.get(plain(privacy.get("sampling")), plain(privacy.get("sampling"))))
-    said = f"{', '.join(text for text in how if text != MISSING)}; PLD accounting"
+    said = ", ".join(text for text in how if text != MISSING)
     rdp = number(part(privacy, "clients", worst).get("epsilon_rdp"))
-    return f"{said}; RDP gives {format_epsilon(rdp)}." if rdp is not None else f"{said}."
+    # Integer noise is accounted for by RDP alone, which is then the statement itself.
+    if rdp == spent[worst]:
+        return f"{said}; RDP accounting."
+    return f"{said}; PLD accounting{f'; RDP gives {format_epsilon(rdp)}' if rdp is not None else ''}."
 
 
 def privacy_section(fed: Federation) -> Html:
@@ -99,7 +102,7 @@ def privacy_section(fed: Federation) -> Html:
     ]
     boxes.append(el("div", _spent(fed), _collusion(fed), cls="grid"))
     if rows := epsilon_table(fed):
-        of = f"Epsilon at delta {format_delta(privacy.get('delta'))}; PLD is what counts, RDP the cross-check"
+        of = f"Epsilon at delta {format_delta(privacy.get('delta'))}; that by RDP is a cross-check"
         grid = table(rows, of)
         boxes.append(folded(f"Epsilon by silo ({len(rows) - 1})", grid) if len(rows) > MANY + 1 else card(grid))
     return join(boxes)
@@ -150,7 +153,7 @@ def _in_words(fed: Federation) -> list[tuple[str, str | None]]:
 
 def epsilon_table(fed: Federation) -> Table:
     """One row a silo: epsilon spent, its target, what is left, RDP's, steps and sampling rate."""
-    rows = [["Silo", "Epsilon (PLD)", "Target", "Left", "Epsilon (RDP)", "Steps", "Sampling rate"]]
+    rows = [["Silo", "Epsilon", "Target", "Left", "By RDP", "Steps", "Sampling rate"]]
     for silo, spent in epsilons(fed).items():
         found = part(fed.run, "privacy", "clients", silo)
         goal = number(found.get("target_epsilon"))
@@ -218,7 +221,7 @@ def _collusion(fed: Federation) -> Html:
             parts.insert(-1, el("p", _collusion_in_words(rows)))
     else:
         parts.append(el("p", "What epsilon becomes then is not recorded.", cls="muted"))
-    return card(*parts, el("h3", f"If one {unit(fed)} is at two silos"), el("p", _two_silos(fed)))
+    return card(*parts, el("h3", "If a customer is at two silos"), el("p", _two_silos(fed)))
 
 
 def _collusion_in_words(rows: Table) -> str:
@@ -232,11 +235,20 @@ def _collusion_in_words(rows: Table) -> str:
 
 
 def _two_silos(fed: Federation) -> str:
-    spent, delta = sorted(epsilons(fed).values()), number(part(fed.run, "privacy").get("delta"))
-    said = (
-        f"Each promise is for a {unit(fed)}'s rows at one silo. Of rows at two silos both trainings tell: they compose"
-    )
+    """What a promise becomes for somebody who is at two silos."""
+    privacy, spent = part(fed.run, "privacy"), sorted(epsilons(fed).values())
+    whose = "a whole silo" if unit(fed) == "client" else f"one {unit(fed)}'s rows at one silo"
+    said = f"Each promise is for {whose}. Of a customer at two silos both trainings tell"
+    delta = number(privacy.get("delta"))
     if len(spent) < 2 or delta is None:
-        return f"{said}, and the epsilons and the deltas add up at most."
-    added = f"({format_epsilon(spent[-1] + spent[-2])}, {format_delta(2 * delta)})"
-    return f"{said}. At the two silos with the largest epsilons that is at most {added}, epsilons and deltas added up."
+        return f"{said}, so the promise is weaker there."
+    if plain(privacy.get("level")) == "update" and fed.secure:
+        # Both updates are in the one noised sum: a group of two (Dwork and Roth 2014, theorem 2.2, with its delta).
+        largest = spent[-1]
+        if largest > LARGE_EPSILON:
+            return f"{said} in the same noised sum, and epsilon doubles: this promises little."
+        grown = min(1.0, (1 + math.exp(largest)) * delta)
+        pair = f"({format_epsilon(2 * largest)}, {format_delta(grown)})"
+        return f"{said} in the same noised sum: for a group of two it is at most {pair}."
+    pair = f"({format_epsilon(spent[-1] + spent[-2])}, {format_delta(2 * delta)})"
+    return f"{said}: they compose. At the two silos with the largest epsilons that is at most {pair}, both added up."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,12 @@ FACTS = {
     "as a share of the latter's Frobenius norm; 0 is exact",
     "truncation_error": "what was cut off when the aggregate was brought down to its rank, as a share of its "
     "Frobenius norm; 0 means that nothing was",
+    "sketch_error": "what the sketch's columns miss of the mean product, as a share of its Frobenius norm",
+    "sketch_exact": "1 where the sketch has columns enough to miss nothing",
+    "carried_rank": "the largest rank of the updates that stand beside the adapter",
+    "bound": "the norm to which updates were shortened",
+    "clipped": "how many updates were shortened",
+    "left_out": "how many updates, or values of each number, were left out",
 }
 #: What a value of an upload takes, in bits, before scales and the message's header.
 BITS = {"bfloat16": 16, "int8": 8, "nf4": 4}
@@ -149,7 +156,8 @@ def entries(fed: Federation) -> Iterator[tuple[int, str, dict[str, Any], str]]:
     for line in fed.trained:
         for silo, entry in part(line, "silos").items():
             if isinstance(entry, dict):
-                yield line["round"], silo, entry, str(entry.get("status", "ok"))
+                # Without a status the silo was there and was not asked for an update.
+                yield line["round"], silo, entry, str(entry.get("status", "absent"))
 
 
 def by_round(fed: Federation, *keys: str) -> Points:
@@ -262,11 +270,20 @@ def over_rounds(found: dict[str, Points], write: Any = short) -> Table:
 
 
 def fact_names(fed: Federation) -> list[str]:
-    """The names of what the rule said of its rounds, in numbers."""
-    found = dict.fromkeys(
-        key for line in fed.trained for key, v in part(line, "facts").items() if number(v) is not None
-    )
-    return list(found)
+    """The names of what the rule said of its rounds, in numbers; not what it said of single uploads."""
+    said = ((key, value) for line in fed.trained for key, value in part(line, "facts").items())
+    return list(dict.fromkeys(key for key, value in said if ":" not in key and number(value) is not None))
+
+
+def uploads_facts(fed: Federation) -> dict[str, Counter[str]]:
+    """What the rule did to single uploads (`clipped:3`): by fact, in how many rounds to which one."""
+    found: dict[str, Counter[str]] = {}
+    for line in fed.trained:
+        for key, value in part(line, "facts").items():
+            fact, _, upload = key.partition(":")
+            if upload and number(value):
+                found.setdefault(fact, Counter())[f"upload {upload}" if upload.isdecimal() else upload] += 1
+    return found
 
 
 def quality_table(fed: Federation) -> Table:
@@ -321,13 +338,18 @@ def silos_table(fed: Federation) -> Table:
 
 
 def left_out_table(fed: Federation) -> Table:
-    """One row an update that was not taken in, with the reason; silos that were not asked are none."""
+    """One row an update that was not taken in, or an attempt at a round, with the reason; not silos not asked."""
     rows = [
-        [format_count(index), silo, STATUS.get(status, status), plain(entry.get("reason"))]
+        (index, silo, STATUS.get(status, status), plain(entry.get("reason")))
         for index, silo, entry, status in entries(fed)
         if status != "ok" and (status != "absent" or entry.get("reason"))
     ]
-    return [["Round", "Silo", "What", "Reason"], *rows] if rows else []
+    for line in fed.trained:
+        failed = line.get("failed_attempts")
+        for reason in failed if isinstance(failed, list) else []:
+            rows.append((line["round"], "all", "Attempt given up", plain(reason)))
+    rows.sort(key=lambda row: row[0])
+    return [["Round", "Silo", "What", "Reason"], *([format_count(row[0]), *row[1:]] for row in rows)] if rows else []
 
 
 def sent(fed: Federation, silo: str, key: str = "bytes_up") -> float | None:

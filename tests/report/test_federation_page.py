@@ -21,7 +21,15 @@ from test_report_page import Page, read, sections
 from deltaw.report.federation import federation_page
 from deltaw.report.federation_charts import Level, Line, silos_chart
 from deltaw.report.federation_privacy import collusion_table, format_epsilon, statement
-from deltaw.report.federation_tables import Federation, by_round, coloured, left_out_table, silos_table, view
+from deltaw.report.federation_tables import (
+    Federation,
+    by_round,
+    coloured,
+    left_out_table,
+    rounds_table,
+    silos_table,
+    view,
+)
 from deltaw.report.folder import RunFolder
 from deltaw.report.markup import Html
 
@@ -106,7 +114,7 @@ def made_round(
         "facts": {} if secure else {"product_error": 0.3 / index, "truncation_error": 1.5e-7},
         "bytes_up": up, "bytes_down": 330_000 * len(reach), "seconds": 12.5, "attempts": 2 if index == 7 else 1,
     }  # fmt: skip
-    return line if secure else line | {"drift": 0.9 - 0.02 * index}
+    return line if secure else line | {"drift": 0.9 - 0.4 * index / rounds}
 
 
 def made_privacy(names: list[str], end: dict[str, Any], *, secure: bool) -> dict[str, Any]:
@@ -237,18 +245,53 @@ def test_updates_left_out_are_all_there(banks: Path) -> None:
     assert "Rounds that took more than one attempt: 7 (2)." in page.text
     for line in lines[1:]:
         for entry in line["silos"].values():
-            entry["status"] = "absent" if line["round"] % 2 else "ok"
             entry.pop("reason", None)
+            entry["status"] = "absent" if line["round"] % 4 else "ok"
+            if line["round"] % 2:
+                del entry["status"]
     assert left_out_table(fed_of(run, lines)) == []
-    assert silos_table(fed_of(run, lines))[1][4:6] == ["10 of 20", "0"]
+    assert silos_table(fed_of(run, lines))[1][4:6] == ["5 of 20", "0"]
+
+
+def test_a_customer_at_two_silos_is_a_group_of_two_in_one_noised_sum() -> None:
+    run, lines = made_federation(secure=True)
+    for client in run["privacy"]["clients"].values():
+        client["epsilon"] = 1.5
+    text = Page(federation_page(fed_of(run, lines))).text
+    assert f"at most (3, {(1 + math.e**1.5) * 1e-5:.3g}".replace("e-0", "e-") in text
+    for client in run["privacy"]["clients"].values():
+        client["epsilon"] = 15.0
+    assert "epsilon doubles: this promises little" in Page(federation_page(fed_of(run, lines))).text
+
+
+def test_attempts_given_up_have_their_reasons() -> None:
+    run, lines = made_federation()
+    lines[7]["failed_attempts"] = ["bank-a late: no answer", 3]
+    rows = left_out_table(fed_of(run, lines))[1:]
+    assert ["7", "all", "Attempt given up", "bank-a late: no answer"] in rows
+    assert [int(row[0]) for row in rows] == sorted(int(row[0]) for row in rows)
+
+
+def test_what_a_rule_said_of_single_uploads_is_counted() -> None:
+    run, lines = made_federation()
+    for line in lines[1:]:
+        line["facts"] = {"clipped": 2.0, "bound": 0.25} | {
+            "clipped:0": 1.0,
+            "clipped:bank-b": float(line["round"] > 15),
+        }
+    fed = fed_of(run, lines)
+    assert rounds_table(fed)[0][3:5] == ["Clipped", "Bound"]
+    text = Page(federation_page(fed)).text
+    assert "upload 0 in 20, bank-b in 5." in text
+    assert "Bound is 0.25 in round 20, at most 0.25: the norm to which updates were shortened." in text
 
 
 def test_the_promise_in_a_sentence(banks: Path) -> None:
     run, lines = made_federation()
     privacy = run["privacy"]
     privacy["clients"]["bank-b"] |= {"epsilon": 3.0, "epsilon_rdp": 3.4}
-    for name in ("bank-a", "bank-c"):
-        privacy["clients"][name] |= {"epsilon": 2.5, "epsilon_rdp": 2.9}
+    privacy["clients"]["bank-a"] |= {"epsilon": 2.5, "epsilon_rdp": 2.9}
+    privacy["clients"]["bank-c"] |= {"epsilon": 1.5, "epsilon_rdp": 1.9}
     expected = "(epsilon, delta) = (3, 1e-5) for one customer, add-or-remove-one, Poisson sampling; PLD accounting; "
     assert statement(fed_of(run, lines)) == expected + "RDP gives 3.4."
     text = Page(federation_page(fed_of(run, lines))).text
@@ -257,6 +300,8 @@ def test_the_promise_in_a_sentence(banks: Path) -> None:
     privacy["clients"]["bank-b"]["target_epsilon"] = 2.9
     text = Page(federation_page(fed_of(run, lines))).text
     assert "The target was passed by bank-b" in text and "0.1 over" in text
+    privacy["clients"]["bank-b"]["epsilon_rdp"] = 3.0
+    assert statement(fed_of(run, lines)).endswith("Poisson sampling; RDP accounting.")
 
 
 @pytest.mark.parametrize(
