@@ -3,21 +3,32 @@
 import asyncio
 import datetime
 import importlib
+import os
+import shutil
+import ssl
 import stat
+import threading
+import time
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
+import flower_parts
 import flwr.app
 import pytest
+import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from safetensors.torch import load_file
 
 from deltaw.core.errors import InputError, MissingExtraError, RunError
 from deltaw.federated.flower import apps, credentials, guard, launch, require_flower
 from deltaw.federated.flower.node import Silo, ask
 from deltaw.federated.secure.keys import IdentityKey, read_roster
-from deltaw.federated.transport import Factory, TransportFailure
+from deltaw.federated.transport import Factory, LocalTransport, TransportFailure
 
 BANKS = ["bank-a", "bank-b", "bank-c"]
 
@@ -95,7 +106,10 @@ def test_a_node_may_make_its_own_keys_and_join_later(tmp_path):
     (folder / "authority/ca.key").unlink()
     credentials.make_credentials(folder, nodes=["bank-b"])
     after = contents(folder)
-    assert {name for name in before if name in after and before[name] != after[name]} == {"bank-a/peers.txt"}
+    assert {name for name in before if name in after and before[name] != after[name]} == {
+        "bank-a/peers.txt",
+        "server/peers.txt",
+    }
     assert set(read_roster(folder / "bank-a/peers.txt")) == {"bank-a", "bank-b"}
 
 
@@ -317,3 +331,111 @@ def test_missing_credentials_and_a_taken_port_are_told_before_anything_starts(ma
             server="flower_parts:serve_nothing",
             options={},
         )
+
+
+# A whole run, over loopback
+
+
+class Loopback:
+    """A SuperLink and nodes, each in a thread that waits for its processes; `errors` by name when one ended in one."""
+
+    def __init__(self, folder, *, client, server):
+        self.folder, self.client, self.server = folder, client, server
+        self.stop, self.errors, self.lines, self.threads = threading.Event(), {}, [], []
+        self.port = launch._free_port()
+        self.credentials = folder / "credentials"
+        credentials.make_credentials(self.credentials, nodes=BANKS)
+
+    def begin(self, name, run, /, **options):
+        def work():
+            try:
+                run(state=self.folder / "state" / name, say=self.lines.append, stop=self.stop, **options)
+            except Exception as error:
+                self.errors[name] = error
+
+        self.threads.append(threading.Thread(target=work, name=name))
+        self.threads[-1].start()
+        return self.threads[-1]
+
+    def node(self, name, **options):
+        client = Factory(self.client, options)
+        known = {"superlink": f"127.0.0.1:{self.port}", "credentials": self.credentials / name}
+        return self.begin(name, launch.run_supernode, name=name, client=client, server=self.server, threads=1, **known)
+
+    def start(self, **options):
+        known = {"superlink": f"127.0.0.1:{self.port}", "credentials": self.credentials / "server"}
+        launch.start_run(server=self.server, options=options, say=self.lines.append, **known)
+
+    def __enter__(self):
+        link = {"credentials": self.credentials / "server", "host": "127.0.0.1", "port": self.port}
+        self.begin("superlink", launch.run_superlink, **link)
+        end = time.monotonic() + 60
+        while not self.lines and not self.errors and time.monotonic() < end:
+            time.sleep(0.05)
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(timeout=30)
+        alive = [
+            line for path in Path("/proc").glob("[0-9]*/cmdline") if os.fsencode(self.folder) in (line := _read(path))
+        ]
+        assert not alive
+
+    def status(self, path, **headers):
+        """What the SuperLink answers to a bare request."""
+        context = ssl.create_default_context(cafile=str(self.credentials / "server/ca.pem"))
+        request = urllib.request.Request(f"https://localhost:{self.port}{path}", data=b"", headers=headers)
+        request.add_header("accept", "application/protobuf")
+        request.add_header("content-type", "application/protobuf")
+        try:
+            with urllib.request.urlopen(request, context=context, timeout=10) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
+
+def _read(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_two_rounds_over_loopback_equal_those_in_process_and_a_stranger_is_refused(tmp_path):
+    options = {"names": BANKS, "out": str(tmp_path / "here")}
+    flower_parts.serve(LocalTransport({name: flower_parts.make_client(name) for name in BANKS}), options)
+    there = Loopback(tmp_path, client="flower_parts:make_client", server="flower_parts:serve")
+    with there:
+        credentials.make_node_credentials(there.credentials / "stranger", name="stranger")
+        shutil.copy(there.credentials / "server/ca.pem", there.credentials / "stranger/ca.pem")
+        for name in [*BANKS, "stranger"]:
+            there.node(name, store=str(tmp_path / "stores" / name))
+        # Without the token, and without the secret that only this SuperLink's own processes have.
+        assert there.status("/v1/control/register-node") == 403
+        assert there.status("/v1/control/start-run", authorization="Bearer guess") == 403
+        assert there.status("/v1/runtime/acquire-task") in (401, 403)
+        there.start(**options | {"out": str(tmp_path / "there")})
+        refused = there.errors.pop("stranger")
+        assert not there.errors
+    assert isinstance(refused, RunError) and "Failed to activate SuperNode" in str(refused)
+    state, expected = (load_file(tmp_path / place / "state.safetensors") for place in ("there", "here"))
+    torch.testing.assert_close(state, expected)
+    assert all(any((tmp_path / "stores" / name).rglob("*")) for name in BANKS)
+    assert not (tmp_path / "stores/stranger").exists()
+
+
+@pytest.mark.slow
+def test_a_payload_of_100_megabytes_passes_both_ways(tmp_path):
+    with Loopback(tmp_path, client="flower_parts:Echo", server="flower_parts:serve_large") as there:
+        there.node("bank-a")
+        there.start(bytes=100_000_000)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_says_why(tmp_path):
+    with Loopback(tmp_path, client="flower_parts:Echo", server="flower_parts:serve_failing") as there:
+        with pytest.raises(RunError, match=r"the run was failed: .* the rows ran out"):
+            there.start()

@@ -34,10 +34,10 @@ class FlowerTransport:
 
     Args:
         grid: of the `ServerApp`.
-        poll_s: between looks for replies. A node looks for messages every 3 s.
+        poll_s: between looks for replies.
     """
 
-    def __init__(self, grid: Grid, *, poll_s: float = 0.3) -> None:
+    def __init__(self, grid: Grid, *, poll_s: float = 0.5) -> None:
         self._grid = grid
         self._poll_s = poll_s
 

@@ -2,7 +2,7 @@
 
 One folder for each party. The authority's key signs the server's certificate and is needed for nothing else: keep it
 offline. A node's key (P-384) proves at the SuperLink who it is; its identity key (Ed25519) signs its part in secure
-aggregation towards its peers, and the server has no use for it.
+aggregation, where the server is not trusted.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def make_credentials(
     everyone: dict[str, PublicIdentity] = {}
     for file in sorted(root.glob("*/identity.pub")):
         everyone |= read_roster(file)
-    for name in everyone:
-        write_roster(root / name / "peers.txt", everyone)
-        rows.append(Credential(name, root / name / "peers.txt", False, "knows its peers by it"))
+    for holder in (SERVER, *everyone):
+        write_roster(root / holder / "peers.txt", everyone)
+        rows.append(Credential(holder, root / holder / "peers.txt", False, "knows the nodes' signatures by it"))
     return rows
 
 

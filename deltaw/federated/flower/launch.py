@@ -79,8 +79,6 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_LOG_LEVEL": os.environ.get("FLWR_LOG_LEVEL", "WARNING"),
         "FLWR_HOME": os.fspath(home),
-        # Flower looks every second otherwise, which each of a round's messages would pay.
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         # flwr starts its own commands by name; they stand beside this interpreter.
         "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath),
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
@@ -301,20 +299,27 @@ class _Children:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        running = [process for _, process, _, _ in reversed(self._running) if process.poll() is None]
+        # By group, as superexec's own children outlive it for a while.
+        started = [process for _, process, _, _ in reversed(self._running)]
         try:
-            for process in running:
-                process.terminate()
+            for process in started:
+                _signal_group(process, signal.SIGTERM)
             end = time.monotonic() + _END_S
-            for process in running:
-                try:
+            for process in started:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, end - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
         finally:
+            for process in started:
+                _signal_group(process, signal.SIGKILL)
+                process.wait()
             self._signals.close()
         return kind is KeyboardInterrupt
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """To the process and those that it started; its session is one of ours."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def _last_words(log: Path, start: int) -> str:
