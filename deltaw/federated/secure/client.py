@@ -275,30 +275,23 @@ class SecureClient(Party):
             raise SecureError(f"shares from {senders}: expected them from others that advertised keys")
         if len(senders) + 1 < transcript.threshold:
             raise SecureError(f"{len(senders) + 1} clients shared their keys: expected at least {transcript.threshold}")
-        size, phases = shamir.SHARE_BYTES, self.settings.phases
+        size = shamir.SHARE_BYTES
         for sender in senders:
             try:
                 with reading(f"{sender}'s shares"):
                     box = self._box(transcript, attempt.share_key, sender, self.name)
-                    plain = box.decrypt(bytes(12), from_text(shares[sender]), None)
+                    plain = box.decrypt(bytes(12), from_text(shares[sender], self.sealed_bytes), None)
             except InvalidTag:
                 raise SecureError(
                     f"{sender}'s shares for {self.name} are refused: changed on the way, or of another view"
                 ) from None
-            if len(plain) != 2 * size * phases:
-                raise SecureError(f"{sender}'s shares have {len(plain)} bytes, expected {2 * size * phases}")
             pieces = [plain[at : at + size] for at in range(0, len(plain), size)]
             attempt.shares[sender] = list(zip(pieces[::2], pieces[1::2], strict=True))
         return sorted([self.name, *senders])
 
     def _encode(self, vector: Tensor, weight: int, transcript: Transcript, generator: torch.Generator | None) -> Words:
         settings, clients = self.settings, len(transcript.names)
-        if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= settings.weight_bound:
-            raise InputError(f"weight {weight!r}: expected a whole number from 1 to {settings.weight_bound}")
-        if settings.max_norm is not None:
-            norm = float(torch.linalg.vector_norm(vector.double()))
-            if not norm <= settings.max_norm:
-                raise InputError(f"the vector's norm is {norm:g}: expected at most {settings.max_norm:g}")
+        settings.check_input(vector, weight)
         if settings.clip is None:
             encoded = ring.encode_integers(vector, clients=clients, weight=weight)
         else:

@@ -70,6 +70,18 @@ def encode(
     Raises:
         InputError: not a vector of floats, not finite, or beyond the clip; nothing is cut or wrapped silently.
     """
+    check_range(vector, clip=clip)
+    values = vector.double() * weight
+    values.mul_(math.ldexp(1.0, fraction_bits))
+    if generator is None:
+        return values.round_().to(torch.int32)
+    below = values.floor()
+    draws = torch.rand(values.shape, dtype=torch.float64, generator=generator)
+    return below.add_(draws < values - below).to(torch.int32)
+
+
+def check_range(vector: Tensor, *, clip: float) -> None:
+    """Raises `InputError` unless `vector` is (n,), floating-point, finite and of magnitude at most `clip`."""
     _check_vector(vector, floating=True)
     # max and min are NaN where any value is, and infinite where one is: one pass finds all three faults.
     low, high = (float(bound) for bound in torch.aminmax(vector))
@@ -81,13 +93,6 @@ def encode(
             f"{beyond} of {vector.numel()} values are beyond the clip of {clip:g} (largest {max(-low, high):g}): "
             "bound the update, or raise the clip on all clients"
         )
-    values = vector.double() * weight
-    values.mul_(math.ldexp(1.0, fraction_bits))
-    if generator is None:
-        return values.round_().to(torch.int32)
-    below = values.floor()
-    draws = torch.rand(values.shape, dtype=torch.float64, generator=generator)
-    return below.add_(draws < values - below).to(torch.int32)
 
 
 def encode_integers(vector: Tensor, *, clients: int, weight: int = 1) -> Tensor:

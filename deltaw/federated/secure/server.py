@@ -43,7 +43,8 @@ class SecureServer(Party):
         self._transcript: Transcript | None = None
         self._adverts: dict[str, Any] = {}
         self._shares: dict[str, Any] = {}
-        self._members: list[str] = []
+        #: Who may upload in the current phase.
+        self.members: list[str] = []
         self._begin_phase()
 
     def _begin_phase(self) -> None:
@@ -56,6 +57,11 @@ class SecureServer(Party):
     def threshold(self) -> int:
         """How many clients must go on at each stage, known once `adverts` was called."""
         return self._known().threshold
+
+    @property
+    def fraction_bits(self) -> int:
+        """Of the words of this attempt, known once `adverts` was called."""
+        return self._known().fraction_bits
 
     def add_advert(self, name: str, message: Any) -> None:
         """Takes a client's public keys."""
@@ -78,23 +84,30 @@ class SecureServer(Party):
         with reading(f"{name}'s share message"):
             complete = set(message["sealed"]) == set(transcript.names) - {name}
             seeds = [from_text(seed, 32) for seed in message["seeds"]]
+            for sealed in message["sealed"].values():
+                from_text(sealed, self.sealed_bytes)
         if not complete or len(seeds) != self.settings.phases:
             raise SecureError(f"{name}'s share message is refused: it has not one share for each of the others")
         self._shares[name] = message
 
-    def shares_for(self, name: str) -> dict[str, str]:
-        """What the others encrypted to one client, by sender; closes the stage."""
+    def close_shares(self) -> list[str]:
+        """Who shared its keys, and so takes part in the first phase; closes the stage."""
         if self._stage == "share":
             self._require(self._shares, "shared their keys")
-            self._members = sorted(self._shares)
+            self.members = sorted(self._shares)
             self._stage = "upload"
+        return sorted(self._shares)
+
+    def shares_for(self, name: str) -> dict[str, str]:
+        """What the others encrypted to one client, by sender; closes the stage."""
+        self.close_shares()
         if name not in self._shares:
             raise SecureError(f"{name} shared no keys in this attempt: it takes no further part in it")
         return {sender: said["sealed"][name] for sender, said in self._shares.items() if sender != name}
 
     def add_upload(self, name: str, words: Tensor, receipt: Any) -> None:
         """Adds a client's masked words (n + 1,) int32 to the phase's sum."""
-        self._expect("upload", name, self._uploaded, self._members)
+        self._expect("upload", name, self._uploaded, self.members)
         self.check(name, receipt, kind="upload", transcript=self._known())
         if receipt["phase"] != self.phase:
             raise SecureError(f"{name}'s upload is refused: of phase {receipt['phase']!r}, expected {self.phase}")
@@ -116,7 +129,7 @@ class SecureServer(Party):
             self._require(self._uploaded, f"sent a vector in phase {self.phase}")
             self._stage = "agree"
         here = sorted(self._uploaded)
-        return here, [name for name in self._members if name not in here]
+        return here, [name for name in self.members if name not in here]
 
     def add_agreement(self, name: str, message: Any) -> None:
         """Takes a client's signature under the survivors."""
@@ -169,7 +182,7 @@ class SecureServer(Party):
         bits = self._known().fraction_bits
         total = ring.decode(torch.from_numpy(words[:-1].view(np.int32)), fraction_bits=bits)
         self.phase += 1
-        self._members = here
+        self.members = here
         self._stage = "upload" if self.phase < self.settings.phases else "done"
         self._begin_phase()
         return SecureSum(total, weight, tuple(here))

@@ -25,8 +25,8 @@ made and shared in the same messages: were the mask key common, a client that su
 revealed) and drops out of the second (its key is revealed) would have its first vector unmasked.
 
 A client whose reply does not come in time is out of the phase; if fewer than the threshold are left the attempt ends
-with a `SecureError`, and another one starts. Sums of one round over two sets of clients would show their difference, so a
-client that has revealed shares in an attempt agrees in later ones of that round to the same survivors only.
+with a `SecureError`, and another one starts. Sums of one round over two sets of clients would show their difference, so
+a client that has revealed shares in an attempt agrees in later ones of that round to the same survivors only.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deltaw.core.errors import InputError
-from deltaw.federated.secure import ring
+from deltaw.federated.secure import ring, shamir
 from deltaw.federated.secure.keys import PublicIdentity, check_name
 from deltaw.federated.secure.statements import SecureError, canonical, check_signed, from_text, reading, to_text
 
@@ -97,6 +98,15 @@ class SecureSettings:
             ring.fraction_bits(clients=clients, clip=1.0, weight_bound=self.weight_bound)
             return 0
         return ring.fraction_bits(clients=clients, clip=self.clip, weight_bound=self.weight_bound)
+
+    def check_input(self, vector: Tensor, weight: int) -> None:
+        """Raises `InputError` for a weight or a norm beyond what all agreed on, before anything is masked."""
+        if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= self.weight_bound:
+            raise InputError(f"weight {weight!r}: expected a whole number from 1 to {self.weight_bound}")
+        if self.max_norm is not None:
+            norm = float(torch.linalg.vector_norm(vector.double()))
+            if not norm <= self.max_norm:
+                raise InputError(f"the vector's norm is {norm:g}: expected at most {self.max_norm:g}")
 
     def least(self, clients: int) -> int:
         """The threshold among that many clients.
@@ -177,6 +187,8 @@ class Party:
         roster = {name: identity.text for name, identity in self.peers.items()}
         self.terms = to_text(hashlib.sha256(canonical([roster, _plain(settings)])).digest())
         self.context = b""
+        # By phase a share of the mask key and one of the seed, and the cipher's tag.
+        self.sealed_bytes = 2 * shamir.SHARE_BYTES * settings.phases + 16
 
     def check(self, name: str, message: Any, *, kind: str, transcript: Transcript | None = None) -> None:
         """Refuses a message that is not that participant's, of this kind, this attempt and this view of it."""
@@ -203,6 +215,7 @@ class Party:
     def transcript_of(self, adverts: Mapping[str, Any]) -> Transcript:
         """The attempt's transcript, once all advertised keys are found to be signed and the clients to be enough."""
         with reading("the list of advertised keys"):
+            adverts = dict(adverts)
             names = tuple(sorted(adverts))
         threshold = self.settings.least(len(names))
         keys = {name: self.check_advert(name, adverts[name]) for name in names}
