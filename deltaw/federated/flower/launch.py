@@ -286,7 +286,8 @@ class _Children:
             raise KeyboardInterrupt
         for what, process, log, start in self._running:
             if process.poll() is not None:
-                raise RunError(f"flwr's {what} ended by itself: {_last_words(log, start)} (log: {log})")
+                hint = "; is this node's node.pub still admitted at the SuperLink?" if what == "supernode" else ""
+                raise RunError(f"flwr's {what} ended by itself: {_last_words(log, start)} (log: {log}){hint}")
 
     def wait(self) -> None:
         """Until one ends, or it is ended."""
