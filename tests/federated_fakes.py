@@ -120,29 +120,6 @@ def make_client(name, *, folder=None, secure=None, explain=False, **options):
     return Client(name, FakeTrainer(name, **options), store, secure=machine, explain=explain)
 
 
-class Echo:
-    """Answers with its own process id and the request; some requests are orders."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def handle(self, request):
-        import time
-
-        word = request.decode()
-        if word.startswith("sleep"):
-            time.sleep(float(word.split()[1]))
-        if word == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if word == "raise":
-            raise RuntimeError("no\nway")
-        return f"{self.name} {os.getpid()} {word}".encode()
-
-
-def make_echo(name):
-    return Echo(name)
-
-
 class Rough:
     """A transport around another one, that spoils replies: `spoil(name, request, reply)` gives what arrives instead.
 
@@ -188,3 +165,42 @@ def dropper(seed, share):
         return TransportFailure("lost on the way back", late=True) if lost else reply
 
     return spoil, before
+
+
+class Mortal:
+    """A client that dies, once, before or after it handles a request of a kind in a round.
+
+    `dies` is the death: a kill of this process, or of the object alone, which then begins anew from its books.
+    """
+
+    def __init__(self, make, *, kind, round_, when, dies):
+        self.make, self.kind, self.round_, self.when, self.dies = make, kind, round_, when, dies
+        self.client, self.died = make(), False
+
+    def handle(self, request):
+        message = unpack(request)
+        fated = not self.died and message.kind == self.kind and message.header["round"] == self.round_
+        if fated and self.when == "before":
+            return self._die()
+        reply = self.client.handle(request)
+        return self._die() if fated else reply
+
+    def _die(self):
+        self.died = True
+        self.dies()
+        self.client = self.make()
+        raise ConnectionResetError("died")
+
+
+def make_mortal(name, *, deaths, **options):
+    """The factory of a worker's client; each death, once over all its lives, as a file `flag` says."""
+    client = make_client(name, **options)
+    for kind, round_, when, flag in deaths:
+        if not os.path.exists(flag):
+            client = Mortal(lambda c=client: c, kind=kind, round_=round_, when=when, dies=lambda f=flag: _end(f))
+    return client
+
+
+def _end(flag):
+    Path(flag).touch()
+    os.kill(os.getpid(), signal.SIGKILL)
