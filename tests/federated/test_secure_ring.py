@@ -65,6 +65,7 @@ def test_stochastic_rounding_has_no_bias_and_leaves_whole_numbers_alone():
         ([0.0, float("nan"), float("inf")], "2 of 3 values are not finite"),
         ([0.0, -float("inf")], "1 of 2 values are not finite"),
         ([0.5, 1.1, -3.0], r"2 of 3 values are beyond the clip of 1 \(largest 3\)"),
+        ([-3.0, 0.5], "1 of 2 values are beyond the clip"),
         ([], "expected floating-point values"),
         ([[0.5]], "expected floating-point values"),
     ],
@@ -94,6 +95,14 @@ def test_integers_are_taken_as_they_are_within_their_bound():
         ring.encode_integers(torch.tensor([1.0]), clients=5)
 
 
+def recovered_or_none(shares, *, threshold):
+    try:
+        return shamir.recover(shares, threshold=threshold)
+    except ValueError as error:
+        assert "belong to no secret" in str(error)
+        return None
+
+
 @pytest.mark.parametrize(("threshold", "count"), [(t, n) for n in range(1, 6) for t in range(1, n + 1)])
 def test_every_large_enough_subset_of_shares_gives_the_secret(threshold, count):
     for secret in (bytes(32), b"\xff" * 32, secrets.token_bytes(32)):
@@ -106,6 +115,8 @@ def test_every_large_enough_subset_of_shares_gives_the_secret(threshold, count):
                 else:
                     with pytest.raises(ValueError, match="expected at least"):
                         shamir.recover(given_, threshold=threshold)
+                    # A polynomial of too low a degree would be found by fewer.
+                    assert recovered_or_none(given_, threshold=size) != secret
 
 
 def test_shares_below_the_threshold_fit_every_secret():
@@ -124,10 +135,7 @@ def test_a_hundred_shares_and_wrong_ones():
     shares = dict(enumerate(shamir.split(secret, threshold=67, count=100), 1))
     assert shamir.recover({x: shares[x] for x in range(34, 101)}, threshold=67) == secret
     wrong = {**shares, 5: (int.from_bytes(shares[5], "big") ^ 1).to_bytes(33, "big")}
-    try:
-        assert shamir.recover(wrong, threshold=67) != secret
-    except ValueError as error:
-        assert "belong to no secret" in str(error)
+    assert recovered_or_none(wrong, threshold=67) != secret
     for bad in (b"\xff" * 33, b"", bytes(32)):
         with pytest.raises(ValueError, match="share 1 is no number"):
             shamir.recover({1: bad, 2: shares[2]}, threshold=2)
