@@ -87,7 +87,8 @@ def run_peft(args: argparse.Namespace, output: str):
     rows = run_rows(config, generative=True)
     tokenizer = dw.load_tokenizer(args.model)
     model = quantized_by_bitsandbytes(args) if args.method == "qlora" else dw.load_model(args.model, device=args.device)
-    examples, collator, _ = training_examples(config, rows, tokenizer, model)
+    encoded, collator = training_examples(config, rows, tokenizer, model)
+    examples = encoded.examples
     arguments = training_arguments(config, Path(output), len(examples), model.device, False)
     transformers.set_seed(args.seed)
     lora = LoraConfig(

@@ -24,6 +24,7 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     split: str = "train",
     skip_bad_rows: bool = False,
+    group: str | None = None,
 ) -> RowSet:
     """Reads JSONL, CSV, Parquet or a hub data set.
 
@@ -37,6 +38,7 @@ def read_rows(
         columns: our field's name to the column's name in the source, for those that differ.
         split: which split of a hub data set; a file has none.
         skip_bad_rows: count malformed rows in `counts.bad` instead of raising for the first one.
+        group: a column that says whom each row is of; None: nobody asks.
 
     Raises:
         InputError: one line with file and line number for a missing or empty file, a malformed row, a layout that is
@@ -51,7 +53,7 @@ def read_rows(
     path = local_file(source)
     name = os.fspath(source)
     mapping = {field: (columns or {}).get(field, field) for field in _FIELDS}
-    wanted = set(mapping.values())
+    wanted = set(mapping.values()) | ({group} if group is not None else set())
     records = read_hub(name, split, wanted) if path is None else read_file(path, wanted)
     if not skip_bad_rows:
         for line, item in records.items:
@@ -59,15 +61,23 @@ def read_rows(
                 raise InputError(f"{name}:{line}: {item}")
     if records.columns:
         layout = _layout(name, records, layout, mapping, set(columns or ()))
+    if group is not None and group not in records.columns:
+        raise InputError(
+            f"{name}: found the columns {', '.join(map(repr, records.columns)) or '(none)'}, and not {group!r}, which "
+            "unit names: give the column that says whom a row is of"
+        )
 
     rows: list[Row] = []
     lines: list[int] = []
+    groups: list[str] = []
     bad = empty = 0
     for line, item in records.items:
         try:
             if isinstance(item, BadRow):
                 raise item
             row = _row(item, layout, mapping, records)
+            if group is not None and item.get(group) in (None, ""):
+                raise BadRow(f"{group!r} is empty: expected whom the row is of")
         except BadRow as error:
             if not skip_bad_rows:
                 raise InputError(f"{name}:{line}: {error}") from None
@@ -78,10 +88,12 @@ def read_rows(
             continue
         rows.append(row)
         lines.append(line)
+        if group is not None:
+            groups.append(str(item[group]))
     if not rows:
         raise InputError(f"{name}: no row is left ({bad} bad, {empty} empty): expected at least one")
     digest = None if path is None else sha256_file(path)
-    return RowSet(rows, layout, name, digest, Counts(rows=len(rows), bad=bad, empty=empty), lines)
+    return RowSet(rows, layout, name, digest, Counts(rows=len(rows), bad=bad, empty=empty), lines, groups)
 
 
 def _layout(source: str, records: Records, layout: str, mapping: dict[str, str], mapped: set[str]) -> str:

@@ -116,6 +116,7 @@ class RowSet:
         sha256: of a local file; None for a hub data set.
         counts: what was kept, skipped and dropped while reading.
         lines: for each row its 1-based line (JSONL, CSV) or row (Parquet, hub) in the source; may be empty.
+        groups: for each row whom it is of, where that was asked for; else empty.
     """
 
     rows: Sequence[Row]
@@ -124,6 +125,7 @@ class RowSet:
     sha256: str | None = None
     counts: Counts = field(default_factory=Counts)
     lines: Sequence[int] = ()
+    groups: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.rows)

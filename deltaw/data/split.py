@@ -101,5 +101,6 @@ def _part(rowset: RowSet, indices: list[int], counts: Counts) -> RowSet:
         rowset,
         rows=[rowset.rows[i] for i in indices],
         lines=[rowset.lines[i] for i in indices] if rowset.lines else (),
+        groups=[rowset.groups[i] for i in indices] if rowset.groups else (),
         counts=replace(counts, rows=len(indices)),
     )

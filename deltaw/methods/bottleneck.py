@@ -133,9 +133,7 @@ class BottleneckPart(nn.Module):
         """U act(D y + d) + u in `base_out`'s dtype: (..., out)."""
         dtype = base_out.dtype
         y = F.dropout(base_out, self.dropout, training=self.training)
-        down, d, up, u = (
-            spread(p).to(dtype) for p in (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
-        )
+        down, d, up, u = (spread(p).to(dtype) for p in (self.down_weight, self.down_bias, self.up_weight, self.up_bias))
         return linear(ACTIVATIONS[self.activation](linear(y, down, d)), up, u)
 
     def delta(self, rows: slice | None = None) -> Tensor | None:

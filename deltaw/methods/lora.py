@@ -278,11 +278,13 @@ class LoraPart(nn.Module):
         return (out * self.scale).to(dtype)
 
     def _embedded(self, ids: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.start_A is not None and self.start_B is not None:
-            A, B = self.factors()
         padding: int | None = self._module.padding_idx
-        rows = F.embedding(ids, A.t(), padding_idx=padding) if A.dim() == 2 else _looked_up(ids, A.mT, padding)
-        out = linear(rows.to(dtype), B.to(dtype)) * self.scale
+        rows = _looked_up(ids, A.mT, padding).to(dtype)
+        if self.start_A is None or self.start_B is None:
+            out = linear(rows, B.to(dtype)) * self.scale
+        else:
+            at_start = _looked_up(ids, self.start_A.mT, padding).to(dtype)
+            out = (linear(rows + at_start, B.to(dtype)) + F.linear(rows, self.start_B.to(dtype))) * self.scale
         embed_scale = getattr(self._module, "embed_scale", None)
         return out if embed_scale is None else out * torch.as_tensor(embed_scale, dtype=dtype, device=out.device)
 
@@ -341,7 +343,9 @@ class LoraPart(nn.Module):
 
 
 def _looked_up(ids: Tensor, W: Tensor, padding: int | None) -> Tensor:
-    """Rows of W (batch, n, d) by number; those of padding pass no gradient on."""
+    """Rows of W (n, d), or (batch, n, d), by number; those of padding pass no gradient on."""
+    if W.dim() == 2:
+        return F.embedding(ids, W, padding_idx=padding)
     found = lookup(ids, W)
     return found if padding is None else torch.where((ids == padding).unsqueeze(-1), found.detach(), found)
 

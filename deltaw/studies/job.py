@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from deltaw.core.configs import to_plain
 from deltaw.core.errors import DeltawError, InputError
 from deltaw.core.files import atomic_folder
 from deltaw.data import Collator, RowSet, encode, pack
+from deltaw.data.encode import Encoded
 from deltaw.data.packing import check_packing
 from deltaw.evaluate.task import (
     AnswerCollator,
@@ -38,7 +40,8 @@ from deltaw.studies.rows import RunRows, rows_record, run_rows
 from deltaw.studies.starting import go_on, starting_points
 from deltaw.train import RunFolder, TrainConfig
 from deltaw.train.config import make_config, read_yaml
-from deltaw.train.loop import check_setting, fit, is_first_process, local_device, optimizer_steps
+from deltaw.train.loop import Fitted, check_setting, fit, is_first_process, local_device, optimizer_steps
+from deltaw.train.private import PrivacyPlan, plan_privacy, privacy_record, rows_of_units
 from deltaw.train.run_folder import device_record, peak_memory_bytes
 from deltaw.train.sharding import is_sharded, whole_state
 
@@ -98,15 +101,17 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
     with _recorded(run, fresh=not resuming):
         tokenizer = load_tokenizer(config.model)
         model = load_job_model(config, rows)
-        examples, collator, counts = training_examples(config, rows, tokenizer, model)
+        encoded, collator = training_examples(config, rows, tokenizer, model)
+        examples = encoded.examples
         name = add_adapter(model, config, **starting_points(config, model, examples, collator))
+        private = _private(run, config, rows, encoded, say) if config.dp else None
         control = active_method(model, name).control
         if control is not None:
             # Made for its checks: a schedule that cannot work is told before anything is measured.
             control(model, name, optimizer_steps(config, len(examples)))
         sites = summary(model, name)
         evaluators = _evaluators(config, rows, tokenizer, encoder_decoder=model.config.is_encoder_decoder)
-        _describe(run, config, rows, model, sites, counts, evaluators)
+        _describe(run, config, rows, model, sites, encoded.counts, evaluators)
         say(_plan_line(config, rows, sites, len(examples)))
         for set_name, record in run.record["data"].items():
             say(_counts_line(set_name, record))
@@ -120,6 +125,7 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
             config,
             run,
             evaluate=metric_function(evaluators["eval"]) if "eval" in evaluators else None,
+            private=private,
             resume=resuming,
             say=say,
         )
@@ -139,8 +145,7 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
             "eval_s": round(eval_s, 3),
             "total_s": round(time.perf_counter() - began, 3),
             "steps": fitted.steps,
-            "tokens": fitted.tokens,
-            "tokens_per_s": round(fitted.tokens / fitted.seconds, 1),
+            **_throughput(fitted, private),
             "peak_memory_bytes": max(fitted.peak_memory_bytes, peak_memory_bytes(model.device)),
             "adapter_bytes": sites.adapter_bytes,
         }
@@ -150,6 +155,52 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
         run.save(status="done")
         write_report(run.path)
     return run
+
+
+def _throughput(fitted: Fitted, private: PrivacyPlan | None) -> dict[str, Any]:
+    # How many tokens were drawn tells of the rows.
+    if private is not None:
+        return {}
+    return {"tokens": fitted.tokens, "tokens_per_s": round(fitted.tokens / fitted.seconds, 1)}
+
+
+def _private(run: RunFolder, config: TrainConfig, rows: RunRows, encoded: Encoded, say: Say) -> PrivacyPlan:
+    """How the run is private, said, recorded and charged to the ledger."""
+    groups = [rows.train.groups[i] for i in encoded.kept] if config.unit is not None else None
+    units = rows_of_units(groups, len(encoded.examples))
+    steps = optimizer_steps(config, len(units))
+    ledger = open_ledger(config, len(units))
+    known = run.record.get("privacy")
+    if known is not None:
+        # A resumed run keeps to what it was charged for.
+        config = dataclasses.replace(config, noise_multiplier=known["noise_multiplier"], target_epsilon=None)
+    plan = plan_privacy(config, units, steps=steps, already=() if ledger is None else ledger.composed())
+    record = privacy_record(plan, config) if known is None else known
+    if ledger is not None:
+        key = record.setdefault("ledger_key", f"{run.record['started']} {run.path.name} {os.urandom(8).hex()}")
+        # Recorded before it is charged: a run that is killed between the two charges the same key when it is resumed.
+        run.save(privacy=record)
+        spent = ledger.charge(key, plan.spec, data_sha256=rows.train.sha256)
+        say(f"ledger {config.ledger}: epsilon {spent.epsilon:.4g} of {ledger.budget_epsilon:g} is spent with this run")
+    run.save(privacy=record)
+    say(f"private: noise multiplier {plan.noise_multiplier:.4g}, clipping norm {plan.max_grad_norm:g}")
+    say(f"private: {record['statement']}")
+    if config.baselines:
+        say("baselines are not measured under dp: they are functions of the training rows without noise")
+    return plan
+
+
+def open_ledger(config: TrainConfig, units: int) -> Any:
+    """The run's ledger; None where it has none."""
+    if config.ledger is None:
+        return None
+    from deltaw.privacy.ledger import Ledger
+
+    delta = config.delta
+    if delta is None and config.budget_epsilon is not None:
+        delta = min(1e-5, 0.1 / units)
+    unit = "example" if config.unit is None else "customer"
+    return Ledger.open(config.ledger, config.budget_epsilon, delta, unit=unit)
 
 
 def resolved(config: TrainConfig, rows: RunRows, facts: ModelFacts) -> TrainConfig:
@@ -226,10 +277,8 @@ def _drawn_poolers(model: Any, config: TrainConfig) -> list[str]:
     return [] if all(torch.equal(own[key].cpu(), others[key]) for key in weights) else [path]
 
 
-def training_examples(
-    config: TrainConfig, rows: RunRows, tokenizer: Any, model: Any
-) -> tuple[list[dict[str, list[int]]], Collator, Any]:
-    """Encoded training rows, the collator for them, and what became of the rows."""
+def training_examples(config: TrainConfig, rows: RunRows, tokenizer: Any, model: Any) -> tuple[Encoded, Collator]:
+    """Encoded training rows, and the collator for them."""
     encoded = encode(
         rows.train,
         tokenizer,
@@ -239,18 +288,20 @@ def training_examples(
         template=config.rows_template,
     )
     if rows.task == "masked-lm":
-        return encoded.examples, masking_collator(tokenizer, config.seed), encoded.counts
+        return encoded, masking_collator(tokenizer, config.seed)
     if model.config.is_encoder_decoder and rows.task == "causal-lm":
         raise InputError(f"{config.model} is an encoder-decoder and has no causal-lm: use instruct, with prompts")
     if model.config.is_encoder_decoder and rows.task == "instruct":
         if config.pack:
             raise InputError(f"{config.model} is an encoder-decoder, whose rows cannot be packed: leave pack out")
-        return split_answers(encoded.examples, tokenizer), AnswerCollator(tokenizer.pad_token_id), encoded.counts
+        apart = split_answers(encoded.examples, tokenizer)
+        return dataclasses.replace(encoded, examples=apart), AnswerCollator(tokenizer.pad_token_id)
     if config.pack:
         check_packing(model)
         packed = pack(encoded.examples, length_of(config))
-        return packed, Collator(rows.task, tokenizer.pad_token_id, packed=True), encoded.counts
-    return encoded.examples, Collator(rows.task, tokenizer.pad_token_id), encoded.counts
+        packing = dataclasses.replace(encoded, examples=packed, kept=())
+        return packing, Collator(rows.task, tokenizer.pad_token_id, packed=True)
+    return encoded, Collator(rows.task, tokenizer.pad_token_id)
 
 
 def _open(config: TrainConfig, command: str, first: bool, resuming: bool) -> RunFolder:
@@ -431,7 +482,7 @@ def _finish(
     after: Evaluation | None,
 ) -> None:
     metrics = _measured(before=before, after=after)
-    if evaluator is not None and config.baselines:
+    if evaluator is not None and config.baselines and not config.dp:
         metrics["baselines"] = evaluator.baselines(rows.train, seed=config.seed)
     if rows.labels is not None:
         metrics["labels"] = rows.labels

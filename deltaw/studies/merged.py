@@ -211,11 +211,9 @@ class _Retention:
             return None
         train = dataclasses.replace(self.rows.train, rows=_some(self.rows.train.rows, count))
         rows = dataclasses.replace(self.rows, train=train)
-        examples, collate, _ = training_examples(
-            dataclasses.replace(self.config, pack=False), rows, self.tokenizer, model
-        )
+        encoded, collate = training_examples(dataclasses.replace(self.config, pack=False), rows, self.tokenizer, model)
         size = self.config.eval_batch_size
-        examples = sorted(examples, key=lambda example: len(example["input_ids"]))
+        examples = sorted(encoded.examples, key=lambda example: len(example["input_ids"]))
         return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
 
 

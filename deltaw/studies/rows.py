@@ -49,6 +49,8 @@ def run_rows(config: TrainConfig, *, generative: bool) -> RunRows:
     train = read(config, config.data)
     task = config.task or _TASKS[train.layout][0 if generative else 1]
     train = _for_task(train, task)
+    if config.unit is not None and not train.groups:
+        raise InputError(f"unit {config.unit!r} does not go with rows that are put together anew: give tokens and tags")
     evaluation = None if config.eval_data is None else _for_task(read(config, config.eval_data), task)
     test = None if config.test_data is None else _for_task(read(config, config.test_data), task)
     labels = None if config.labels is None else list(config.labels)
@@ -73,7 +75,12 @@ def read(config: TrainConfig, source: str) -> RowSet:
     """The rows of one source, as the configuration says to read them."""
     layout = "prompt" if config.layout == "entity" else config.layout
     rows = read_rows(
-        source, layout=layout, columns=config.columns, split=config.split, skip_bad_rows=config.skip_bad_rows
+        source,
+        layout=layout,
+        columns=config.columns,
+        split=config.split,
+        skip_bad_rows=config.skip_bad_rows,
+        group=config.unit if source == config.data else None,
     )
     return derive_tags(rows) if config.layout == "entity" else rows
 

@@ -70,7 +70,16 @@ class TrainConfig:
         warmup_ratio: share of the steps with a linearly rising rate, before the schedule.
         schedule: `cosine`, `linear` or `constant`.
         weight_decay: AdamW's.
-        max_grad_norm: the norm that gradients are clipped to; 0: not at all.
+        max_grad_norm: the norm that gradients are clipped to; 0: not at all. Under `dp` each unit's by itself.
+        dp: differentially private training: units sampled at random, gradients clipped by unit, noise on their sum;
+            `batch_size` is then the number of units that a step has on average.
+        noise_multiplier: standard deviation of the noise over `max_grad_norm`.
+        target_epsilon: in place of `noise_multiplier`: the least noise that keeps the run within this epsilon.
+        delta: of the statement; None means 1e-5, or a tenth of one over the units where that is less.
+        unit: the column that names whom a row is of (a customer), all of whose rows are hidden together; None: every
+            row is one by itself.
+        ledger: a file that sums up what all runs on these people's data cost, and refuses what would exceed its budget.
+        budget_epsilon: of a new ledger.
         optimizer: `adamw`, or with states in host memory that visit the device for the step `paged_adamw` and
             `paged_adamw_8bit` (states in 8 bits).
         seed: of everything that is random; a whole number from 0 to 4294967295.
@@ -125,6 +134,13 @@ class TrainConfig:
     schedule: str = "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    dp: bool = False
+    noise_multiplier: float | None = None
+    target_epsilon: float | None = None
+    delta: float | None = None
+    unit: str | None = None
+    ledger: str | None = None
+    budget_epsilon: float | None = None
     optimizer: str = "adamw"
     seed: int = 0
     dtype: str = "auto"
@@ -194,10 +210,42 @@ class TrainConfig:
         if self.sharding != "none" and (self.quantize != "none" or self.optimizer != "adamw"):
             what = "quantize" if self.quantize != "none" else "a paged optimizer"
             raise InputError(f"sharding {self.sharding} does not go with {what} yet: choose one of them")
+        self._check_privacy()
         if self.task is not None:
             _choice("task", self.task, list(TASKS))
         if self.early_stopping and self.eval_data is None and self.held_out == 0:
             raise InputError("early_stopping needs evaluation rows: give eval_data, or hold some out with held_out")
+
+    def _check_privacy(self) -> None:
+        given = [
+            name
+            for name in ("noise_multiplier", "target_epsilon", "delta", "unit", "ledger", "budget_epsilon")
+            if getattr(self, name) is not None
+        ]
+        if not self.dp:
+            if given:
+                raise InputError(f"{given[0]} is given and dp is off: turn dp on, or leave {given[0]} out")
+            return
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise InputError("dp needs noise_multiplier or target_epsilon: give one of them")
+        for name in ("noise_multiplier", "target_epsilon", "budget_epsilon"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf or (name == "noise_multiplier" and value == 0)):
+                raise InputError(f"{name} is {value!r}: expected a number above 0")
+        if self.delta is not None and not 0 < self.delta < 1:
+            raise InputError(f"delta is {self.delta!r}: expected a probability between 0 and 1, such as 1e-5")
+        if not self.max_grad_norm:
+            raise InputError("max_grad_norm is 0, and under dp every unit's gradient is clipped: give a number above 0")
+        for name, why in (
+            ("pack", "packed rows share one gradient"),
+            ("merge_aware", "its gradients are not known by example"),
+        ):
+            if getattr(self, name):
+                raise InputError(f"{name} does not go with dp, as {why}: leave it out")
+        if self.sharding != "none":
+            raise InputError(f"sharding {self.sharding} does not go with dp yet: leave it at none")
+        if self.budget_epsilon is not None and self.ledger is None:
+            raise InputError("budget_epsilon is that of a ledger: name its file with ledger")
 
     @property
     def quantization(self) -> NF4 | None:

@@ -21,6 +21,7 @@ from deltaw.fuse.head import install_loss_head, uninstall_loss_head
 from deltaw.methods import NEFTune, adapt, delete_adapter, method_of
 from deltaw.methods.host import set_merge_aware, steady
 from deltaw.train.config import TrainConfig
+from deltaw.train.private import PrivacyPlan
 from deltaw.train.run_folder import RunFolder, peak_memory_bytes
 from deltaw.train.sharding import shard
 from deltaw.train.trainer import DeltawTrainer, EvaluateFn
@@ -75,6 +76,7 @@ def fit(
     run: RunFolder,
     *,
     evaluate: EvaluateFn | None = None,
+    private: PrivacyPlan | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Fitted:
@@ -92,6 +94,7 @@ def fit(
         config: the run.
         run: where logs and checkpoints go.
         evaluate: gives metrics of the model during training; None: no evaluation.
+        private: how to train with differential privacy; None: without.
         resume: go on from the run's last checkpoint, exactly, where it has one.
         say: takes lines of progress.
 
@@ -104,7 +107,10 @@ def fit(
     whole = method_of(config.method_config).trains_base
     try:
         with _prepared(model, config, collator.task, say):
-            arguments = training_arguments(config, run.path, len(examples), device, evaluate is not None)
+            units = len(examples) if private is None else len(private.units)
+            arguments = training_arguments(
+                config, run.path, units, device, evaluate is not None, private=private is not None
+            )
             if config.sharding == "fsdp2":
                 shard(model, device)
             trainer = DeltawTrainer(
@@ -122,6 +128,7 @@ def fit(
                 autocast=whole and config.dtype == "auto" and _autocasts(device),
                 optimizer_name=config.optimizer,
                 merge_aware=config.merge_aware,
+                private=private,
                 callbacks=_callbacks(config, run, evaluate is not None, step),
             )
             if resume:
@@ -151,7 +158,10 @@ def _prepared(model: Any, config: TrainConfig, task: str, say: Callable[[str], N
     packed = [name for name, parameter in model.named_parameters() if packed_of(parameter) is not None]
     if config.merge_aware and not packed:
         raise InputError("merge_aware trains through 4-bit weights, and the base has none: give quantize nf4")
-    objection = install_loss_head(model)
+    head = model.get_output_embeddings() if config.dp else None
+    # The fast head sees tokens of all rows in one list, where a trained one would have to tell them apart.
+    learns = head is not None and any(p.requires_grad for p in head.parameters())
+    objection = "its head is trained under dp" if learns else install_loss_head(model)
     if objection is not None and task in ("causal-lm", "instruct"):
         say(f"loss computed from the logits of every position ({objection})")
     if config.gradient_checkpointing:
@@ -195,8 +205,10 @@ def optimizer_steps(config: TrainConfig, rows: int) -> int:
     return config.max_steps or math.ceil(config.epochs * per_epoch)
 
 
-def training_arguments(config: TrainConfig, output: Path, rows: int, device: torch.device, evaluates: bool) -> Any:
-    """Trainer's arguments for a run."""
+def training_arguments(
+    config: TrainConfig, output: Path, rows: int, device: torch.device, evaluates: bool, *, private: bool = False
+) -> Any:
+    """Trainer's arguments for a run over so many rows, or units of a private one."""
     import transformers
 
     assert config.learning_rate is not None
@@ -219,12 +231,15 @@ def training_arguments(config: TrainConfig, output: Path, rows: int, device: tor
     made = transformers.TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=accumulation,
+        # A private step is drawn whole, and clipped by unit before the noise.
+        gradient_accumulation_steps=1 if private else accumulation,
         num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
+        max_steps=config.max_steps or (optimizer_steps(config, rows) if private else -1),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=0.0 if private else config.max_grad_norm,
+        # Its draws cannot be repeated, so there is nothing to skip.
+        ignore_data_skip=private,
         lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule],
         warmup_steps=math.ceil(config.warmup_ratio * optimizer_steps(config, rows)),
         optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
@@ -268,6 +283,8 @@ def check_setting(config: TrainConfig) -> None:
             f"batch_size {config.batch_size} is no multiple of micro_batch_size {config.micro_batch_size} x "
             f"{processes} processes: choose one that is"
         )
+    if config.dp and processes > 1:
+        raise InputError(f"dp runs in one process, and there are {processes}: start it without torchrun")
     if config.sharding != "none" and processes == 1:
         raise InputError(
             f"sharding is {config.sharding} and there is one process: start several with torchrun, or leave it at none"

@@ -45,7 +45,9 @@ class SummedLoss:
         if self.shifted:
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
         logits, labels = logits.flatten(0, -2).float(), labels.flatten().to(logits.device)
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / over
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        mean: Tensor = total / over
+        return mean
 
     def counts(self, labels: Tensor) -> Tensor:
         """How many labels of each row carry loss: (rows,)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from deltaw.quant.paged import PagedAdamW, paged_optimizer
 from deltaw.train.groups import parameter_groups, rate_ratios
 from deltaw.train.losses import SummedLoss
 from deltaw.train.order import StepOrder
+from deltaw.train.private import MicroBatch, PoissonBatches, PrivacyPlan, PrivateGradients
 from deltaw.train.run_folder import RunFolder
 from deltaw.train.sharding import (
     is_sharded,
@@ -51,6 +53,7 @@ class DeltawTrainer(transformers.Trainer):
         autocast: whether to compute in bfloat16 with weights in float32.
         optimizer_name: `adamw`, or one of the paged ones.
         merge_aware: share of the steps, the last ones, that train through the merged and rounded weights.
+        private: how to train with differential privacy; None: without. No loss is logged then, and no count of tokens.
     """
 
     #: The loss is divided by the tokens of the whole step, not once more by the number of its micro-batches.
@@ -67,6 +70,7 @@ class DeltawTrainer(transformers.Trainer):
         autocast: bool,
         optimizer_name: str = "adamw",
         merge_aware: float = 0.0,
+        private: PrivacyPlan | None = None,
         **kwargs: Any,
     ) -> None:
         self.adapter = adapter
@@ -79,6 +83,9 @@ class DeltawTrainer(transformers.Trainer):
         self.merge_aware = merge_aware
         self.method = active_method(kwargs["model"], adapter)
         self.whole_model = self.method.trains_base
+        own = {} if self.whole_model else adapter_parameters(kwargs["model"], adapter)
+        #: What was trained, as it was at first; copies of the whole model would cost too much.
+        self.at_first = {name: local_part(p).detach().clone() for name, p in own.items() if p.requires_grad}
         self.controller: Controller | None = None
         self.controller_state: dict[str, Any] | None = None
         adapted = [part for _, _, part in parts_of(kwargs["model"], adapter)]
@@ -91,9 +98,13 @@ class DeltawTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = True
         self.task: str = kwargs["data_collator"].task
         step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        lengths = [len(example["input_ids"]) for example in kwargs["train_dataset"]]
-        self.order = StepOrder(lengths, step_rows=step_rows, seed=self.args.data_seed or 0)
+        self.lengths = [len(example["input_ids"]) for example in kwargs["train_dataset"]]
+        self.order = StepOrder(self.lengths, step_rows=step_rows, seed=self.args.data_seed or 0)
         self.summed_loss = SummedLoss(kwargs["model"], self.task)
+        self.private = private
+        self.private_gradients: PrivateGradients | None = None
+        if private is not None:
+            self.private_gradients = PrivateGradients(kwargs["model"], adapter, private, self.summed_loss)
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_before = 0
         self.finite = torch.ones((), dtype=torch.bool, device=self.args.device)
@@ -103,6 +114,18 @@ class DeltawTrainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
         return self.order
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's own; of a private run, one that draws a step's units."""
+        if self.private is None or self.private_gradients is None:
+            return super().get_train_dataloader()
+        return PoissonBatches(
+            self.private,
+            self.lengths,
+            steps=math.ceil(1 / self.private.sampling_rate),
+            micro_batch_size=self.args.per_device_train_batch_size,
+            noise=self.private_gradients.noise,
+        )
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not is_sharded(model):
@@ -143,6 +166,8 @@ class DeltawTrainer(transformers.Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Labels that carry loss, of a whole step over all processes; at least 1, so that none means a loss of 0."""
+        if self.private is not None:
+            return torch.ones((), dtype=torch.long, device=device)
         counts = [self.summed_loss.counts(batch["labels"]).sum() for batch in batch_samples]
         count = torch.stack(counts).sum().to(device)
         return self.summed(count).clamp(min=1)
@@ -173,8 +198,24 @@ class DeltawTrainer(transformers.Trainer):
             loss = loss + (extra - extra.detach()).to(loss.dtype)
         return loss
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def _private_step(self, model: Any, drawn: list[MicroBatch]) -> Tensor:
+        """A whole step; its loss is told to nobody."""
+        assert self.private_gradients is not None
+        model.train()
+        rows: Any = self.train_dataset
+        batches = [(micro, self._prepare_inputs(self.data_collator([rows[i] for i in micro.rows]))) for micro in drawn]
+        extra = (lambda: torch.stack([one() for one in self.extra_losses]).sum()) if self.extra_losses else None
+        self.private_gradients(batches, extra=extra, autocast=self.autocast)
+        return torch.zeros((), device=self.args.device)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Nothing reads it; of a private run's batches Trainer could not make it."""
+        return 0
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """A micro-batch: counts tokens, and notes a loss that is not finite without waiting for the device."""
+        if self.private is not None:
+            return self._private_step(model, inputs)
         mask = inputs.get("attention_mask")
         count = inputs["input_ids"].numel() if mask is None else mask.sum()
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -380,7 +421,9 @@ class DeltawTrainer(transformers.Trainer):
                 self.controller.load_state_dict(self.controller_state)
 
     def finish(self) -> None:
-        """Lets the controller bring the adapter to its final form."""
+        """Checks that training moved the adapter, and lets the controller bring it to its final form."""
+        model = self.accelerator.unwrap_model(self.model)
+        check_moved(self.at_first, adapter_parameters(model, self.adapter))
         if self.controller is None:
             return
         try:
@@ -404,6 +447,8 @@ class DeltawTrainer(transformers.Trainer):
             return
         step = self.state.global_step
         epoch = round(self.state.epoch, 6) if self.state.epoch is not None else 0.0
+        if self.private is not None and logs.pop("loss", None) is not None:
+            logs["elapsed_s"] = round(self.seconds(), 3)
         line: dict[str, Any] = {"step": step, "epoch": epoch, **logs}
         if "loss" in logs:
             line |= {"tokens": self.tokens(), "elapsed_s": round(self.seconds(), 3)}
@@ -468,6 +513,22 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
         control.should_evaluate = control.should_save = False
 
 
+def check_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Fails a training that left all of its tensors where they were (a wrapper that swallowed every gradient).
+
+    Raises:
+        RunError: every tensor equals its start to the last bit.
+    """
+    if before and all(
+        name in after and torch.equal(tensor, local_part(after[name]).to(tensor.device))
+        for name, tensor in before.items()
+    ):
+        raise RunError(
+            f"training has not moved any of the {len(before)} trained tensors, so its result is worth nothing: raise "
+            "the learning rate or the number of steps, and look for what keeps gradients from the adapter"
+        )
+
+
 def _progress(line: Mapping[str, Any], max_steps: int) -> str:
     parts = [f"step {line['step']}/{max_steps}"]
     names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad norm"}
@@ -476,6 +537,6 @@ def _progress(line: Mapping[str, Any], max_steps: int) -> str:
             parts.append(f"{names[key]} {value:.4g}")
         elif key.startswith("eval_"):
             parts.append(f"{key.removeprefix('eval_')} {value:.4g}")
-    if "elapsed_s" in line and line["elapsed_s"] > 0:
+    if "tokens" in line and line["elapsed_s"] > 0:
         parts.append(f"{line['tokens'] / line['elapsed_s']:.0f} tokens/s")
     return "  ".join(parts)
