@@ -138,7 +138,8 @@ class Ledger:
         """Charges for releases that are about to be made.
 
         Args:
-            key: names them (run id, round); charged once, however often asked.
+            key: names them (run id, round); charged once, however often asked. Sums that left and are made again with
+                new noise are new releases and need another key; those that never left, or leave again as they are, not.
             spec: what they are.
             data_sha256: of the data set.
             disjoint: no unit of this data set is in another disjoint charge's.
