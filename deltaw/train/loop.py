@@ -106,7 +106,7 @@ def fit(
     device = next(model.parameters()).device
     whole = method_of(config.method_config).trains_base
     try:
-        with _prepared(model, config, collator.task, say):
+        with prepared(model, config, collator.task, say):
             units = len(examples) if private is None else len(private.units)
             arguments = training_arguments(
                 config, run.path, units, device, evaluate is not None, private=private is not None
@@ -153,7 +153,9 @@ def fit(
 
 
 @contextlib.contextmanager
-def _prepared(model: Any, config: TrainConfig, task: str, say: Callable[[str], None]) -> Iterator[None]:
+def prepared(
+    model: Any, config: TrainConfig, task: str, say: Callable[[str], None] = lambda line: None
+) -> Iterator[None]:
     """The model as training wants it, and afterwards as it was: noise, its loss head, recomputation, its cache."""
     packed = [name for name, parameter in model.named_parameters() if packed_of(parameter) is not None]
     if config.merge_aware and not packed:
