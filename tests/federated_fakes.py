@@ -21,6 +21,7 @@ from deltaw.federated.transport import TransportFailure
 
 SHAPES = {"layer:lora_A": (2, 5), "layer:lora_B": (4, 2), "head:bias": (3,)}
 BASE = "ab" * 32
+NAMES = ("bank-a", "bank-b", "bank-c")
 
 
 def layout(**changes):
@@ -61,7 +62,7 @@ class FakeTrainer:
     def initial(self):
         return start_state(), self.layout
 
-    def train(self, start, *, trained, round_, rounds):
+    def train(self, start, *, trained, round_, rounds, run=""):
         self._note("train", round_)
         tensors = {k: start.tensors[k] + trained_change(self.name, round_, k, SHAPES[k]) for k in sorted(trained)}
         if self.poison == "nan":
@@ -204,3 +205,30 @@ def make_mortal(name, *, deaths, **options):
 def _end(flag):
     Path(flag).touch()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fake_trainer(config, name):
+    """What a run's `trainers` names; the server's own for the name None, which can save."""
+    log = None if name is None else config.clients[name]["data"]
+    return SavingTrainer(name or "server", examples=10, log=log)
+
+
+class SavingTrainer(FakeTrainer):
+    """Writes a state as a LoRA in PEFT's layout."""
+
+    def describe(self):
+        told = super().describe() | {"task": "sequence-classification", "labels": ["good", "bad"]}
+        told |= {"model": {"family": "bert"}}
+        if self.name == "server":
+            return told
+        own = {"level": "example", "unit": "example", "delta": 1e-5, "epsilon": 2.0 + len(self.name), "steps": 4}
+        return told | {"privacy": own}
+
+    def save(self, state, folder):
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"base_model.model.layer.lora_{x}.weight": state.tensors[f"layer:lora_{x}"] for x in "AB"}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["layer"], "bias": "none"}
+        (folder / "adapter_config.json").write_text(json.dumps(fields))

@@ -13,15 +13,13 @@ import traceback
 from pathlib import Path
 
 import torch
-from federated_fakes import Rough, make_client, make_config, secure_parts
+from federated_fakes import NAMES, Rough, make_client, make_config, secure_parts
 
 from deltaw.federated.messages import Message, pack
 from deltaw.federated.server import Server
 from deltaw.federated.store import ServerStore
 from deltaw.federated.transport import LocalTransport
 from deltaw.federated.wire import state_tensors
-
-NAMES = ("bank-a", "bank-b", "bank-c")
 
 
 def die():

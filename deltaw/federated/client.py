@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from deltaw.core.errors import DeltawError
+from deltaw.core.errors import DeltawError, InputError
 from deltaw.core.protocols import LowRank
 from deltaw.federated.compression import Compressor
 from deltaw.federated.messages import Message, MessageError, pack, unpack
 from deltaw.federated.rules import make_rule
 from deltaw.federated.state import GlobalState, Layout
 from deltaw.federated.store import ClientStore
-from deltaw.federated.validation import ECHOED, not_finite, too_large, wrong_tensors
+from deltaw.federated.validation import ECHOED, not_finite, numbers, too_large, wrong_tensors
 from deltaw.federated.wire import digest, flat, layout_digest, layout_plain, owned, state_of, state_tensors
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ class Trainer(Protocol):
     def initial(self) -> tuple[GlobalState, Layout]:
         """The adapter at its start, from the run's seed: equal for all clients."""
 
-    def train(self, start: GlobalState, *, trained: frozenset[str], round_: int, rounds: int) -> LocalResult:
-        """Trains the keys of `trained`, from `start`; `round_` counts from 0."""
+    def train(self, start: GlobalState, *, trained: frozenset[str], round_: int, rounds: int, run: str) -> LocalResult:
+        """Trains the keys of `trained`, from `start`; `round_` counts from 0, and `run` names the federation's run."""
 
     def evaluate(self, state: GlobalState) -> dict[str, float]:
         """Metrics on the organisation's own test rows; empty where it has none."""
@@ -97,6 +97,9 @@ class UpdatePrivacy(Protocol):
         Raises:
             InputError: the organisation's budget does not allow it.
         """
+
+    def release_integers(self, change: Mapping[str, Tensor], *, key: str) -> Tensor:
+        """The same with integer noise, as integers (n,) for a ring: where masked vectors are integers."""
 
 
 class Client:
@@ -240,7 +243,7 @@ class Client:
 
     def _evaluate(self, message: Message) -> tuple[dict[str, Any], dict[str, Tensor]]:
         self._prepared(message)
-        return {"metrics": self.trainer.evaluate(state_of(message.tensors))}, {}
+        return {"metrics": numbers(self.trainer.evaluate(state_of(message.tensors)))}, {}
 
     def _finish(self, message: Message) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The last request of a run: what was kept of its last round goes, and what there is to report is told."""
@@ -289,12 +292,14 @@ class Client:
         rule.check(layout)
         keys = rule.trained(header["round"], layout)
         began = time.monotonic()
-        result = self.trainer.train(start, trained=keys, round_=header["round"], rounds=header["rounds"])
+        result = self.trainer.train(
+            start, trained=keys, round_=header["round"], rounds=header["rounds"], run=header["run"]
+        )
         local = {key: result.tensors[key].detach().to("cpu", torch.float32) for key in sorted(keys)}
         if reason := not_finite(local):
             raise RefusalError(f"its training failed: {reason}")
         tensors = state_tensors(start)
-        facts = {**result.facts, "seconds": round(time.monotonic() - began, 3)}
+        facts = {**numbers(result.facts), "seconds": round(time.monotonic() - began, 3)}
         about = {"round": header["round"], "start": digest(tensors), "examples": result.examples, "facts": facts}
         kept = Message("trained", about, owned(tensors | {f"local/{key}": value for key, value in local.items()}))
         self.store.save(header["run"], "trained", kept)
@@ -338,11 +343,16 @@ class Client:
         change = {name: (value - unmoved[name]).to(torch.float32) for name, value in upload.items()}
         if reason := not_finite(change) or too_large(change, header["max_update_norm"]):
             raise RefusalError(reason)
+        release = f"{header['run']}-{key}"
+        if self._secure is not None and self._secure.settings.clip is None:
+            if self._privacy is None:
+                raise RefusalError("masked vectors are integers, and nothing here makes any")
+            vector = self._privacy.release_integers(change, key=release)
+            return Message("upload", {"key": key}, owned({"wire/vector": vector}))
         if self._privacy is not None:
-            change = self._privacy.release(change, key=f"{header['run']}-{key}")
+            change = self._privacy.release(change, key=release)
         if self._secure is not None:
-            tensors = {"wire/vector": flat(change)}
-            return Message("upload", {"key": key}, owned(tensors))
+            return Message("upload", {"key": key}, owned({"wire/vector": flat(change)}))
         # What an earlier round's compression lost goes with this one's change, where changes add up over rounds.
         compressor = Compressor(header["compression"], error_feedback=rule.additive, share=header["compression_share"])
         memory = {} if before is None else _below("memory/", before.tensors)
@@ -379,7 +389,13 @@ class Client:
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         machine = self._machine()
         weight = about["examples"] if header["weighting"] == "examples" else 1
-        words = machine.mask(header["secure"].get("shares", {}), vector, phase=phase, weight=weight)
+        try:
+            words = machine.mask(header["secure"].get("shares", {}), vector, phase=phase, weight=weight)
+        except InputError as error:
+            _LOG.warning("%s: %s", self.name, error)
+            raise RefusalError(
+                "a value or the weight is beyond secure_clip or secure_weight_bound: raise them"
+            ) from error
         # The loss and the number of examples would tell what the masks hide.
         facts = {
             name: value for name, value in about["facts"].items() if name == "seconds" or name.startswith("epsilon")

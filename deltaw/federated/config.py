@@ -33,7 +33,8 @@ class FederationConfig:
     """A federation, fully resolved.
 
     Attributes:
-        clients: by name, `data` (training rows) and optionally `test_data` (the client's own test rows) of each.
+        clients: by name, `data` (training rows) and `test_data` (the client's own test rows, where it has any) of each.
+            Over a network each client's own file names its data, and the others' and the server's only the names.
         rounds: how many.
         local_steps: optimizer steps of a client in a round.
         local_epochs: passes over a client's rows in a round, in place of steps; 1 where neither is given.
@@ -52,7 +53,7 @@ class FederationConfig:
         threshold: clients that must stay to the end of a secure round; None means more than two thirds.
         secure_weight_bound: the most examples that a client may count for in a secure round; near the true number, as
             it costs precision. Of no matter where all weigh the same.
-        secure_clip: the largest magnitude of a value that a secure round can carry; a finer grid comes with a smaller.
+        secure_clip: the largest magnitude of a value that a secure round can carry; a smaller one makes a finer grid.
         proximal_mu: FedProx: weight of (mu/2) ||w - w_start||^2 in the local loss; 0: none.
         server_optimizer: what is done with the aggregated change: `none` (added as it is), `momentum` or `adam`.
         server_learning_rate: of the server optimizer; None means 1 for momentum and 0.01 for adam.
@@ -66,7 +67,7 @@ class FederationConfig:
         train: everything else: model, method, optimizer, privacy.
     """
 
-    clients: Mapping[str, Mapping[str, str]]
+    clients: Mapping[str, Mapping[str, str | None]]
     rounds: int = 10
     local_steps: int | None = None
     local_epochs: float | None = None
@@ -84,7 +85,7 @@ class FederationConfig:
     secure: bool = False
     threshold: int | None = None
     secure_weight_bound: int = 16384
-    secure_clip: float = 4.0
+    secure_clip: float = 16.0
     proximal_mu: float = 0.0
     server_optimizer: str = "none"
     server_learning_rate: float | None = None
@@ -98,7 +99,7 @@ class FederationConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        _check_clients(self.clients)
+        object.__setattr__(self, "clients", _named(self.clients))
         _check_numbers(self)
         for key, known in _CHOICES.items():
             if getattr(self, key) not in known:
@@ -147,20 +148,24 @@ _CHOICES = {"compression": compression.KINDS, "server_optimizer": server_optimiz
 _CLIENT_KEYS = ("data", "test_data")
 
 
-def _check_clients(clients: Any) -> None:
+def _named(clients: Any) -> dict[str, dict[str, str | None]]:
+    """Clients by name, from a mapping or from a list of names alone."""
+    if isinstance(clients, list | tuple):
+        clients = {name: {} for name in clients}
     if not isinstance(clients, Mapping) or not clients:
         raise InputError("no clients: expected clients: {bank-a: {data: FILE}, bank-b: {data: FILE}}")
     for name, own in clients.items():
         # A name is a folder and a field of signed messages.
         if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
             raise InputError(f"a client's name is {name!r}: expected letters, digits, - and _")
-        if not isinstance(own, Mapping) or not own.get("data"):
-            raise InputError(f"client {name} has no data: expected {name}: {{data: FILE}}")
-        for key, value in own.items():
+        if not isinstance(own or {}, Mapping):
+            raise InputError(f"client {name} is {own!r}: expected {name}: {{data: FILE}}")
+        for key, value in (own or {}).items():
             if key not in _CLIENT_KEYS:
                 raise unknown_name(f"key of client {name}", str(key), _CLIENT_KEYS)
             if value is not None and not isinstance(value, str):
                 raise InputError(f"{key} of client {name} is {value!r}: expected a file's name")
+    return {name: dict(own or {}) for name, own in clients.items()}
 
 
 def _check_numbers(config: FederationConfig) -> None:
@@ -274,7 +279,7 @@ def make_federation_config(keys: Mapping[str, Any]) -> FederationConfig:
         if name not in own | theirs:
             raise unknown_name("configuration key", str(name), own | theirs - set(_ELSEWHERE))
     if "clients" not in keys:
-        _check_clients(None)
+        _named(None)
     train = make_config({name: value for name, value in keys.items() if name not in own})
     mine = {name: _number(value) if name != "clients" else value for name, value in keys.items() if name in own}
     return FederationConfig(**mine, train=train)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +11,17 @@ from torch import Tensor
 
 from deltaw.federated.messages import Message, MessageError, pack, unpack
 from deltaw.federated.transport import Transport, TransportFailure
-from deltaw.federated.validation import wrong_echo
+from deltaw.federated.validation import numbers, wrong_echo
 
 #: The most bytes of a reply without tensors.
 SMALL_BYTES = 64 << 20
+
+
+#: Entries of a round's line that a client has no say in.
+_MEASURED = ("status", "reason", "bytes_up", "bytes_down", "update_norm", "cosine", "metrics", "_folds", "_revealed")
+
+#: Requests between rounds, for which a client may have to load its model.
+_UNHURRIED = ("hello", "initial", "fold", "finish")
 
 
 @dataclass
@@ -38,11 +44,11 @@ class Book:
         """Records that a client's update does not count."""
         self.of(name).update(status=status, reason=" ".join(reason.split())[:500])
 
-    def well(self, name: str, **told: Any) -> None:
-        """Records that a client's update counts."""
+    def well(self, name: str, facts: Any = None) -> None:
+        """Records that a client's update counts, and what it told; that replaces nothing that is measured here."""
         entry = self.of(name)
         entry.pop("reason", None)
-        entry.update(status="ok", **told)
+        entry.update({key: value for key, value in numbers(facts).items() if key not in _MEASURED}, status="ok")
 
     def total(self, key: str) -> int:
         """Bytes of all clients together."""
@@ -65,12 +71,13 @@ class Exchange:
         transport: to the clients.
         run: the run's id, which every message carries.
         deadline_s: for each request.
+        wait_s: in its place for requests between rounds, if that is longer: clients may have to load a model.
     """
 
-    def __init__(self, transport: Transport, *, run: str, deadline_s: float | None) -> None:
+    def __init__(self, transport: Transport, *, run: str, deadline_s: float | None, wait_s: float) -> None:
         self._transport = transport
         self.run = run
-        self._deadline_s = deadline_s
+        self._deadline_s, self._wait_s = deadline_s, wait_s
 
     def ask(
         self,
@@ -106,7 +113,10 @@ class Exchange:
         waiting = set(requests)
         if not requests:
             return
-        for name, answer in self._transport.exchange(requests, deadline_s=self._deadline_s):
+        deadline_s = self._deadline_s
+        if deadline_s is not None and kind in _UNHURRIED:
+            deadline_s = max(deadline_s, self._wait_s)
+        for name, answer in self._transport.exchange(requests, deadline_s=deadline_s):
             if name not in waiting:
                 continue
             waiting.discard(name)
@@ -140,17 +150,3 @@ class Exchange:
             book.failed(name, "refused", reason)
             return None
         return reply
-
-
-def numbers(found: Any) -> dict[str, float]:
-    """Those entries of what a client told that are finite numbers under a short name; JSON has no others."""
-    if not isinstance(found, Mapping):
-        return {}
-    return {
-        str(key): value
-        for key, value in list(found.items())[:200]
-        if isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and len(str(key)) < 100
-    }

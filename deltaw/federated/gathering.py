@@ -16,7 +16,7 @@ from torch import Tensor
 from deltaw.core.errors import RunError
 from deltaw.federated.compression import Compressor
 from deltaw.federated.config import FederationConfig
-from deltaw.federated.exchange import SMALL_BYTES, Book, Exchange, numbers
+from deltaw.federated.exchange import SMALL_BYTES, Book, Exchange
 from deltaw.federated.messages import MessageError
 from deltaw.federated.rules import Outcome, Rule
 from deltaw.federated.secure_exchange import SecureRoster, SecureSession
@@ -141,7 +141,7 @@ class Gathering:
                 continue
             changes[name] = change
             weights[name] = float(reply.header["examples"]) if self._config.weighting == "examples" else 1.0
-            self._book.well(name, **numbers(reply.header.get("facts")))
+            self._book.well(name, reply.header.get("facts"))
         return changes, weights
 
     def _read(

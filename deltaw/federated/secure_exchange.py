@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from deltaw.federated.exchange import SMALL_BYTES, Book, Exchange, numbers
+from deltaw.federated.exchange import SMALL_BYTES, Book, Exchange
 from deltaw.federated.wire import unflat
 
 if TYPE_CHECKING:
     from deltaw.federated.secure import PublicIdentity, SecureSettings
+
+
+class IntegerCode(Protocol):
+    """How vectors of reals become integers with noise in them, which sum up; the server needs the way back."""
+
+    def length(self, size: int) -> int:
+        """Integers for a vector of `size` reals."""
+
+    def decode(self, total: Tensor, size: int) -> Tensor:
+        """The sum of the reals (size,), float64, of a sum of integers."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +33,12 @@ class SecureRoster:
     Attributes:
         peers: public identity keys of all clients by name.
         settings: what all agreed on.
-        granularity: what one step of an integer stands for, where clients mask integers (settings without a clip).
+        integers: how clients' updates become integers, where they mask such (settings without a clip).
     """
 
     peers: Mapping[str, PublicIdentity]
     settings: SecureSettings
-    granularity: float = 1.0
+    integers: IntegerCode | None = None
 
 
 class SecureSession:
@@ -86,7 +96,8 @@ class SecureSession:
         phase = self._phase
         wanted = self.revealed(phase) or self.members
         shapes = {key: tuple(value.shape) for key, value in unmoved.items()}
-        size = sum(value.numel() for value in unmoved.values())
+        size, code = sum(value.numel() for value in unmoved.values()), self._roster.integers
+        length = (size if code is None else code.length(size)) + 1
         try:
             uploads = self._exchange.ask(
                 "train" if phase == 0 else "phase",
@@ -96,14 +107,14 @@ class SecureSession:
                 attempt=self._attempt,
                 header=self._about | dict(asked),
                 tensors=tensors,
-                limit_bytes=SMALL_BYTES + 4 * (size + 1),
+                limit_bytes=SMALL_BYTES + 4 * length,
             )
             for name, reply in uploads:
                 masked = reply.tensors.get("masked")
-                if masked is None or masked.shape != (size + 1,):
-                    self._book.failed(name, "refused", f"no masked vector of {size + 1} words")
+                if masked is None or masked.shape != (length,):
+                    self._book.failed(name, "refused", f"no masked vector of {length} words")
                 elif self._took(name, lambda n, m: self._server.add_upload(n, masked, m.header.get("receipt")), reply):  # noqa: B023
-                    self._book.well(name, **numbers(reply.header.get("facts")))
+                    self._book.well(name, reply.header.get("facts"))
             here, gone = self._server.survivors()
             told = {"survivors": here, "dropped": gone}
             agreed = self._ask("secure-agree", here, "agreement", self._server.add_agreement, header=told)
@@ -117,8 +128,8 @@ class SecureSession:
             # In the sum, even where it was not there any more to unmask it.
             self._book.well(name)
         self.members, self._phase = list(found.clients), phase + 1
-        scale = self._roster.granularity if self._roster.settings.clip is None else 1.0
-        return {"sum": unflat(found.total * (scale / found.weight), shapes)}, {"sum": 1.0}
+        total = found.total if code is None else code.decode(found.total, size)
+        return {"sum": unflat(total / found.weight, shapes)}, {"sum": 1.0}
 
     def _ask(
         self,

@@ -14,7 +14,7 @@ from deltaw.core.errors import InputError, RunError
 from deltaw.core.generators import generator
 from deltaw.core.protocols import LowRank
 from deltaw.federated.config import FederationConfig
-from deltaw.federated.exchange import Book, Exchange, numbers
+from deltaw.federated.exchange import Book, Exchange
 from deltaw.federated.gathering import Gathered, Gathering
 from deltaw.federated.messages import MessageError
 from deltaw.federated.rules import folded, make_rule
@@ -23,7 +23,7 @@ from deltaw.federated.server_optimizer import ServerOptimizer
 from deltaw.federated.state import GlobalState
 from deltaw.federated.store import Progress, ServerStore
 from deltaw.federated.transport import Transport
-from deltaw.federated.validation import not_finite, wrong_examples, wrong_tensors
+from deltaw.federated.validation import not_finite, numbers, wrong_examples, wrong_tensors
 from deltaw.federated.wire import carried_tensors, layout_digest, layout_of, state_of, state_tensors
 
 #: The most bytes of an adapter that the server takes from a client at the start.
@@ -80,7 +80,7 @@ class Server:
         )
         self.optimizer.check(self.rule)
         self._transport, self._judge, self._secure, self._say = transport, judge, secure, say
-        self._exchange = Exchange(transport, run=run, deadline_s=config.deadline_s)
+        self._exchange = Exchange(transport, run=run, deadline_s=config.deadline_s, wait_s=config.wait_s)
         self._judged_folds = 0
         #: What clients said of themselves, and how many folds each has, by name.
         self.known: dict[str, dict[str, Any]] = {}
@@ -200,8 +200,8 @@ class Server:
                 self._forget(book)
                 if gathered is not None:
                     return gathered, tried
-            if len(book.failures) == noted:
-                book.failures.append(f"too few updates ({book.why()})")
+            said = "; ".join(book.failures[noted:]) or "too few updates"
+            book.failures[noted:] = [f"{said} ({book.why()})"]
         raise RunError(
             f"round {round_ + 1} had fewer than {self.config.least} updates in {self.config.attempts} attempts "
             f"({book.failures[-1]}); the rounds before are kept in {self.store.folder}: mend what failed and resume"

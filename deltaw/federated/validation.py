@@ -67,3 +67,17 @@ def wrong_examples(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**40:
         return f"examples is {value!r}: expected a number of rows"
     return None
+
+
+def numbers(found: Any) -> dict[str, float]:
+    """Those entries of what a client told that are finite numbers under a short name; JSON has no others."""
+    if not isinstance(found, Mapping):
+        return {}
+    return {
+        str(key): value
+        for key, value in list(found.items())[:200]
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and len(str(key)) < 100
+    }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from federated_fakes import (
     BASE,
+    NAMES,
     SHAPES,
     Mortal,
     Rough,
@@ -26,8 +27,6 @@ from deltaw.federated.server import Server
 from deltaw.federated.store import ServerStore
 from deltaw.federated.transport import Factory, LocalTransport, ProcessTransport, TransportFailure
 from deltaw.federated.wire import layout_digest, state_tensors
-
-NAMES = ("bank-a", "bank-b", "bank-c")
 
 
 def federation(tmp_path, config, transport, *, secure=None):
@@ -313,6 +312,16 @@ def test_workers_killed_in_every_phase_lose_no_round(tmp_path):
         assert found[round_]["silos"][name]["status"] == "crashed", found[round_]
         assert found[round_]["silos"][name]["reason"] == "its process ended (signal SIGKILL)"
     assert {silo["status"] for silo in found[4]["silos"].values()} == {"ok"}
+
+
+def test_a_value_beyond_the_clip_is_named_by_its_key_alone(tmp_path):
+    config = make_config(NAMES, rounds=1, secure=True, weighting="equal", attempts=2, secure_clip=0.01)
+    secure = secure_parts(NAMES, config)
+    clients = LocalTransport({name: make_client(name, secure=secure) for name in NAMES})
+    with pytest.raises(
+        RunError, match=r"expected at least 3.*bank-a refused: a value or the weight is beyond secure_clip"
+    ):
+        federation(tmp_path, config, clients, secure=secure).run()
 
 
 # Dropouts.

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from federated_fakes import (
+    NAMES,
     SHAPES,
     FakeTrainer,
     expected_product,
@@ -20,8 +21,6 @@ from deltaw.core.errors import InputError, RunError
 from deltaw.federated.server import Server
 from deltaw.federated.store import ServerStore
 from deltaw.federated.transport import LocalTransport
-
-NAMES = ("bank-a", "bank-b", "bank-c")
 
 
 def run(tmp_path, config, clients=None, *, secure=None, judge=None, said=None):
@@ -107,7 +106,7 @@ def test_the_product_rule_gives_the_dense_mean_of_products(tmp_path):
 @pytest.mark.parametrize("weighting", ["examples", "equal"])
 def test_secure_rounds_give_what_plain_ones_do(tmp_path, rule, weighting):
     plain, _ = run(tmp_path / "plain", make_config(NAMES, rounds=2, rule=rule, weighting=weighting))
-    config = make_config(NAMES, rounds=2, rule=rule, weighting=weighting, secure=True)
+    config = make_config(NAMES, rounds=2, rule=rule, weighting=weighting, secure=True, secure_weight_bound=30)
     secure = secure_parts(NAMES, config, phases=2 if rule == "sketch" else 1)
     masked, _ = run(tmp_path / "secure", config, secure=secure)
     for key, value in whole(plain.state).items():
@@ -253,3 +252,66 @@ def test_finish_gives_what_clients_say_of_themselves(tmp_path):
     assert {name: told["examples"] for name, told in server.finish().items()} == dict(
         zip(NAMES, (10, 20, 30), strict=True)
     )
+
+
+def test_integers_with_noise_of_their_own_go_under_the_masks(tmp_path):
+    """Settings without a clip: clients make integers, the server undoes the code of their sum."""
+    from dataclasses import replace
+
+    from deltaw.federated.secure import SecureClient
+    from deltaw.federated.wire import flat
+
+    class Code:
+        def length(self, size):
+            return size + 3
+
+        def decode(self, total, size):
+            assert torch.equal(total[size:], torch.full((3,), 3.0 * len(NAMES), dtype=torch.float64))
+            return total[:size] / 1024
+
+        def release_integers(self, change, *, key):
+            values = (flat(change) * 1024).round().long()
+            return torch.cat([values, torch.full((3,), 3)])
+
+    config = make_config(NAMES, rounds=1, secure=True, weighting="equal")
+    identities, roster = secure_parts(NAMES, config)
+    roster = replace(roster, settings=replace(roster.settings, clip=None), integers=Code())
+    clients = {}
+    for name in NAMES:
+        clients[name] = make_client(name)
+        clients[name]._secure = SecureClient(name, identities[name], roster.peers, settings=roster.settings)
+        clients[name]._privacy = Code()
+    progress, _ = run(tmp_path, config, clients, secure=(identities, roster))
+    for key, value in averaged((1 / 3,) * 3, 1).items():
+        torch.testing.assert_close(progress.state.tensors[key].double(), value, rtol=0, atol=1 / 1024)
+
+
+def test_a_clients_facts_do_not_replace_what_the_server_measured(tmp_path):
+    class Boasting(FakeTrainer):
+        def train(self, start, **about):
+            result = super().train(start, **about)
+            facts = {"bytes_up": 1, "status": 7, "cosine": 1.0, "name": 1, "nan": float("inf"), "loss": 0.25}
+            return type(result)(result.tensors, result.examples, facts)
+
+    clients = {name: make_client(name) for name in NAMES}
+    clients["bank-b"].trainer = Boasting("bank-b")
+    run(tmp_path, make_config(NAMES, rounds=1, weighting="equal"), clients)
+    found = lines(tmp_path)[1]["silos"]
+    assert found["bank-b"]["bytes_up"] == pytest.approx(found["bank-a"]["bytes_up"], rel=0.2)
+    assert found["bank-b"]["status"] == "ok" and found["bank-b"]["cosine"] < 0.99 and found["bank-b"]["loss"] == 0.25
+    assert found["bank-b"]["name"] == 1 and "nan" not in found["bank-b"]
+
+
+def test_a_short_deadline_leaves_clients_time_to_load_their_models(tmp_path):
+    seen = {}
+
+    class Timed(LocalTransport):
+        def exchange(self, requests, *, deadline_s):
+            from deltaw.federated.messages import unpack
+
+            seen.setdefault(unpack(next(iter(requests.values()))).kind, deadline_s)
+            return super().exchange(requests, deadline_s=deadline_s)
+
+    config = make_config(NAMES, rounds=1, deadline_s=5, wait_s=60)
+    Server(Timed({name: make_client(name) for name in NAMES}), config, ServerStore(tmp_path), run="r").run()
+    assert seen == {"hello": 60, "initial": 60, "train": 5, "evaluate": 5}
