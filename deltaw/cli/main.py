@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "Train an adapter (or the whole model) on your rows, measured before and after.",
     "evaluate": "Measure a run, a model or an adapter on held-out rows.",
     "compare": "Compare methods over data sets and seeds, from one YAML file, with intervals and plots.",
+    "federate": "Train one adapter among several organisations that do not show each other their rows.",
     "merge": "Write adapters into the weights of their base: a folder that plain transformers loads.",
     "shrink": "Cut an adapter to a lower rank with the error printed, or say which rank to take.",
     "combine": "Add, subtract, scale and mix adapters into one, with the error printed.",

@@ -28,6 +28,7 @@ PANELS = {
         "epochs max_steps batch_size micro_batch_size learning_rate warmup_ratio schedule weight_decay max_grad_norm "
         "optimizer seed dtype device gradient_checkpointing sharding"
     ),
+    "Privacy": "dp noise_multiplier target_epsilon delta unit ledger budget_epsilon",
     "Evaluation": "eval_every early_stopping metric eval_batch_size max_new_tokens evaluate_before baselines",
     "Output": "output log_every save_every keep_checkpoints tensorboard",
 }
