@@ -44,7 +44,7 @@ class Regression:
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         return GlobalState(tensors), Layout(shapes, {"m": 2.0}, "lora", {"r": 3})
 
-    def train(self, start, *, trained, round_, rounds):
+    def train(self, start, *, trained, round_, rounds, run=""):
         import torch
 
         from deltaw.federated.client import LocalResult
