@@ -29,6 +29,7 @@ from deltaw.report.tables import (
     format_metric,
     format_seconds,
     format_share,
+    format_short,
     headline,
     label,
     main_metric,
@@ -89,6 +90,7 @@ def page(found: RunFolder) -> str:
         ("ranks", "Rank of every layer", ranks_section(run)),
         ("sites", "Adapted sites", sites_section(run)),
         ("cost", "Cost", cost_section(run)),
+        ("privacy", "Privacy", privacy_section(run)),
         ("data", "Data", data_section(run)),
         ("examples", "Held-out examples", examples_section(run, found.examples)),
         ("setup", "Configuration", setup_section(found)),
@@ -398,6 +400,28 @@ def cost_section(run: dict[str, Any]) -> Html | None:
     """Times, throughput, memory and size."""
     rows = cost_table(run)
     return card(table(rows, "Measured in this run")) if rows else None
+
+
+def privacy_section(run: dict[str, Any]) -> Html | None:
+    """What a differentially private run promises, and by which mechanism."""
+    found = part(run, "privacy")
+    if not found:
+        return None
+    rows = [
+        ["Statement", plain(found.get("statement"))],
+        *(
+            [label(key), format_short(found[key])]
+            for key in ("noise_multiplier", "max_grad_norm", "sampling_rate", "steps", "delta", "target_epsilon")
+            if number(found.get(key)) is not None
+        ),
+    ]
+    note = (
+        "No loss on training rows is shown, and no baseline made from them. Figures on held-out rows, and counts of "
+        "rows, are exact: the statement is about training rows."
+    )
+    return card(
+        table([["Item", "Value"], *rows], "Differential privacy of the training rows"), el("p", note, cls="muted")
+    )
 
 
 def data_section(run: dict[str, Any]) -> Html | None:

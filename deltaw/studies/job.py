@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,12 +35,12 @@ from deltaw.methods.host import active_method, book_of
 from deltaw.methods.summary import Summary
 from deltaw.models.sites import task_heads
 from deltaw.report import write_report
+from deltaw.studies.private import charged_plan, throughput
 from deltaw.studies.rows import RunRows, rows_record, run_rows
 from deltaw.studies.starting import go_on, starting_points
 from deltaw.train import RunFolder, TrainConfig
 from deltaw.train.config import make_config, read_yaml
-from deltaw.train.loop import Fitted, check_setting, fit, is_first_process, local_device, optimizer_steps
-from deltaw.train.private import PrivacyPlan, plan_privacy, privacy_record, rows_of_units
+from deltaw.train.loop import check_setting, fit, is_first_process, local_device, optimizer_steps
 from deltaw.train.run_folder import device_record, peak_memory_bytes
 from deltaw.train.sharding import is_sharded, whole_state
 
@@ -104,7 +103,7 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
         encoded, collator = training_examples(config, rows, tokenizer, model)
         examples = encoded.examples
         name = add_adapter(model, config, **starting_points(config, model, examples, collator))
-        private = _private(run, config, rows, encoded, say) if config.dp else None
+        private = charged_plan(run, config, rows, encoded, say) if config.dp else None
         control = active_method(model, name).control
         if control is not None:
             # Made for its checks: a schedule that cannot work is told before anything is measured.
@@ -145,7 +144,7 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
             "eval_s": round(eval_s, 3),
             "total_s": round(time.perf_counter() - began, 3),
             "steps": fitted.steps,
-            **_throughput(fitted, private),
+            **throughput(fitted, private),
             "peak_memory_bytes": max(fitted.peak_memory_bytes, peak_memory_bytes(model.device)),
             "adapter_bytes": sites.adapter_bytes,
         }
@@ -155,52 +154,6 @@ def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = Fal
         run.save(status="done")
         write_report(run.path)
     return run
-
-
-def _throughput(fitted: Fitted, private: PrivacyPlan | None) -> dict[str, Any]:
-    # How many tokens were drawn tells of the rows.
-    if private is not None:
-        return {}
-    return {"tokens": fitted.tokens, "tokens_per_s": round(fitted.tokens / fitted.seconds, 1)}
-
-
-def _private(run: RunFolder, config: TrainConfig, rows: RunRows, encoded: Encoded, say: Say) -> PrivacyPlan:
-    """How the run is private, said, recorded and charged to the ledger."""
-    groups = [rows.train.groups[i] for i in encoded.kept] if config.unit is not None else None
-    units = rows_of_units(groups, len(encoded.examples))
-    steps = optimizer_steps(config, len(units))
-    ledger = open_ledger(config, len(units))
-    known = run.record.get("privacy")
-    if known is not None:
-        # A resumed run keeps to what it was charged for.
-        config = dataclasses.replace(config, noise_multiplier=known["noise_multiplier"], target_epsilon=None)
-    plan = plan_privacy(config, units, steps=steps, already=() if ledger is None else ledger.composed())
-    record = privacy_record(plan, config) if known is None else known
-    if ledger is not None:
-        key = record.setdefault("ledger_key", f"{run.record['started']} {run.path.name} {os.urandom(8).hex()}")
-        # Recorded before it is charged: a run that is killed between the two charges the same key when it is resumed.
-        run.save(privacy=record)
-        spent = ledger.charge(key, plan.spec, data_sha256=rows.train.sha256)
-        say(f"ledger {config.ledger}: epsilon {spent.epsilon:.4g} of {ledger.budget_epsilon:g} is spent with this run")
-    run.save(privacy=record)
-    say(f"private: noise multiplier {plan.noise_multiplier:.4g}, clipping norm {plan.max_grad_norm:g}")
-    say(f"private: {record['statement']}")
-    if config.baselines:
-        say("baselines are not measured under dp: they are functions of the training rows without noise")
-    return plan
-
-
-def open_ledger(config: TrainConfig, units: int) -> Any:
-    """The run's ledger; None where it has none."""
-    if config.ledger is None:
-        return None
-    from deltaw.privacy.ledger import Ledger
-
-    delta = config.delta
-    if delta is None and config.budget_epsilon is not None:
-        delta = min(1e-5, 0.1 / units)
-    unit = "example" if config.unit is None else "customer"
-    return Ledger.open(config.ledger, config.budget_epsilon, delta, unit=unit)
 
 
 def resolved(config: TrainConfig, rows: RunRows, facts: ModelFacts) -> TrainConfig:

@@ -30,7 +30,8 @@ from deltaw.methods import LoRA, adapt, delete_adapter, set_adapter
 from deltaw.methods.host import active_method, adapter_names, book_of, parts_of
 from deltaw.methods.lora_peft import as_measured
 from deltaw.models.sites import SiteWeight, kind_of
-from deltaw.studies.job import add_adapter, evaluator_for, load_job_model, open_ledger, resolved, training_examples
+from deltaw.studies.job import add_adapter, evaluator_for, load_job_model, resolved, training_examples
+from deltaw.studies.private import open_ledger
 from deltaw.studies.rows import RunRows, read, run_rows
 from deltaw.studies.starting import starting_points
 from deltaw.train import TrainConfig
