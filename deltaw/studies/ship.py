@@ -19,6 +19,7 @@ from deltaw.core.errors import DeltawError, InputError
 from deltaw.core.files import sha256_file
 from deltaw.data import RowSet
 from deltaw.evaluate.task import Evaluation
+from deltaw.federated.config import make_federation_config
 from deltaw.methods import Full, set_adapter
 from deltaw.models.sources import resolve
 from deltaw.studies.job import evaluator_for, load_job_model, resolved
@@ -53,6 +54,11 @@ class FinishedRun:
     model: str
     record: Mapping[str, Any]
 
+    @property
+    def federated(self) -> bool:
+        """Whether organisations made it whose rows are their own: `config.data` then names the shared test rows."""
+        return self.record.get("kind") == "federation"
+
 
 def open_run(folder: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> FinishedRun:
     """Reads a run folder; `changes` are keys that override its `config.yaml`.
@@ -71,13 +77,18 @@ def open_run(folder: str | os.PathLike[str], changes: Mapping[str, Any] | None =
     if not (path / "config.yaml").is_file():
         raise InputError(f"{path} has no config.yaml: expected a folder that deltaw train wrote")
     keys = {**read_yaml(path / "config.yaml"), **(changes or {}), "output": str(path)}
-    config = make_config(keys)
+    federated = run.record.get("kind") == "federation"
+    if federated:
+        config = make_federation_config(keys).train
+        config = dataclasses.replace(config, data=config.test_data or "", held_out=0)
+    else:
+        config = make_config(keys)
     whole = isinstance(config.method_config, Full)
     made = path / ("model" if whole else "adapter")
     if not made.is_dir():
         raise InputError(
             f"the run at {path} has no {made.name} (its status is {run.record.get('status')!r}): "
-            f"finish it with deltaw train --resume {path}"
+            f"finish it with deltaw {'federate' if federated else 'train'} --resume {path}"
         )
     labels = run.record.get("metrics", {}).get("labels")
     if labels is None and config.labels is not None:
@@ -129,16 +140,20 @@ def evaluate_run(
     config = dataclasses.replace(run.config, labels=run.labels, early_stopping=0)
     facts = model_facts(run.model if run.adapter is None else config.model)
     if data is None:
+        if not run.config.data:
+            raise InputError(
+                f"the federation at {run.path} has no test rows of its own: give some with data (--data FILE)"
+            )
         check_unchanged(run)
         rows = run_rows(config, generative=facts.generative)
         if rows.test is None:
             raise InputError(f"the run at {run.path} held no rows out: give some with data (--data FILE)")
-        train: RowSet | None = rows.train
+        train: RowSet | None = None if run.federated else rows.train
         held = dataclasses.replace(rows, train=rows.test)
     else:
         alone = dataclasses.replace(config, data=data, eval_data=None, test_data=None, held_out=0)
         held = run_rows(alone, generative=facts.generative)
-        train = _training_rows(config, facts.generative, say)
+        train = None if run.federated else _training_rows(config, facts.generative, say)
     if run.adapter is None:
         bare = config.model if compare_base else None
     else:

@@ -21,9 +21,9 @@ from deltaw.core.configs import to_plain
 from deltaw.core.errors import InputError
 from deltaw.core.generators import derived_seed
 from deltaw.core.protocols import LowRank, packed_of
-from deltaw.data import label_set
+from deltaw.data import RowSet, label_set
 from deltaw.evaluate.task import TaskEvaluator
-from deltaw.federated.client import LocalResult
+from deltaw.federated.client import LocalResult, RefusalError
 from deltaw.federated.config import FederationConfig
 from deltaw.federated.state import GlobalState, Layout
 from deltaw.methods import LoRA, adapt, delete_adapter, set_adapter
@@ -73,13 +73,11 @@ class Silo:
         labels = _labels(config)
         own = {} if name is None else config.clients[name]
         data = config.train.test_data if name is None else own.get("data")
-        if not data:
-            raise InputError(
-                "the server has no test_data to tell the task by" if name is None else f"{name} has no data"
-            )
+        if not data and name is not None:
+            raise InputError(f"{name} has no data: expected clients: {{{name}: {{data: FILE}}}}")
         asked = dataclasses.replace(
             config.train,
-            data=data,
+            data=data or "",
             test_data=data if name is None else own.get("test_data"),
             eval_data=None,
             held_out=0,
@@ -87,7 +85,7 @@ class Silo:
             unit=None if name is None else config.train.unit,
         )
         facts = model_facts(asked.model)
-        self.rows = run_rows(asked, generative=facts.generative)
+        self.rows = run_rows(asked, generative=facts.generative) if data else _no_rows(asked)
         self.train_config = resolved(asked, self.rows, facts)
         self.shared = _shared(self.train_config, self.rows, apart=name if config.merge_every else None)
         self._evaluator = self._measures()
@@ -130,6 +128,11 @@ class Silo:
     ) -> LocalResult:
         """Local steps on the organisation's rows, from the round's start."""
         model, config = self.shared.model, self.train_config
+        if self.plan is not None and max(round_ + 1, rounds) > self.config.rounds:
+            # What the noise promises is for so many rounds and no more.
+            raise RefusalError(
+                f"round {round_ + 1} of {rounds}: this client's noise is for {self.config.rounds} rounds"
+            )
         steps = self._steps()
         if self.plan is not None:
             self._charge(self.plan, f"{run}/{round_}", steps)
@@ -252,12 +255,11 @@ def _labels(config: FederationConfig) -> list[str] | None:
     """The labels that all organisations use: those given, or those of all rows that are at hand."""
     if config.train.labels is not None:
         return list(config.train.labels)
-    files = [
-        config.train.test_data,
-        *(own.get(key) for own in config.clients.values() for key in ("data", "test_data")),
-    ]
-    sources = [file for file in files if file is not None]
+    sources = [file for own in config.clients.values() for key in ("data", "test_data") if (file := own.get(key))]
     away = [name for name, own in config.clients.items() if not own.get("data")]
+    # At an organisation of its own the server's rows are not at hand, whatever a file that both share says.
+    if config.train.test_data and not (away and sources):
+        sources.insert(0, config.train.test_data)
     found: set[str] = set()
     for source in dict.fromkeys(sources):
         labels = label_set(read(dataclasses.replace(config.train, unit=None), source))
@@ -267,6 +269,17 @@ def _labels(config: FederationConfig) -> list[str] | None:
     if away and found:
         raise InputError(f"labels are not given, and the rows of {away[0]} are elsewhere: name all labels in the file")
     return sorted(found) or None
+
+
+def _no_rows(config: TrainConfig) -> RunRows:
+    """What a server goes by that has no rows: the task and the labels that the configuration names."""
+    if config.task is None or (config.task.endswith("classification") and config.labels is None):
+        raise InputError(
+            "the server has no test_data to tell the task by: give test_data, or task (and labels of its classes)"
+        )
+    return RunRows(
+        config.task, RowSet((), "text", ""), None, None, None if config.labels is None else list(config.labels)
+    )
 
 
 def _shared(config: TrainConfig, rows: RunRows, *, apart: str | None) -> _Shared:

@@ -289,7 +289,7 @@ def test_flower_of_another_version_is_refused(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.version", absent)
-    with pytest.raises(MissingExtraError, match=r"deltaw\[flower\]"):
+    with pytest.raises(MissingExtraError, match=r"deltaw\[federated\]"):
         require_flower()
 
 

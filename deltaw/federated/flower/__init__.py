@@ -25,7 +25,7 @@ def require_flower() -> None:
         found = importlib.metadata.version("flwr")
     except importlib.metadata.PackageNotFoundError:
         raise MissingExtraError(
-            "a federation over a network needs flwr, which is not installed: pip install 'deltaw[flower]'"
+            "a federation over a network needs flwr, which is not installed: pip install 'deltaw[federated]'"
         ) from None
     if found.split(".")[:2] != FLWR.split("."):
         raise InputError(f"flwr {found} is installed: expected {FLWR}.*; pip install 'flwr=={FLWR}.*'")

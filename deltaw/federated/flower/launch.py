@@ -358,7 +358,7 @@ def _guarded(command: str, file: Path) -> list[object]:
 def _executor(address: str, secret: Path, parent: int) -> list[object]:
     program = shutil.which("flower-superexec", path=environment(secret.parent)["PATH"])
     if program is None:
-        raise RunError("flwr's command flower-superexec is not beside this Python: install 'deltaw[flower]' again")
+        raise RunError("flwr's command flower-superexec is not beside this Python: install 'deltaw[federated]' again")
     own = ["--runtime-api-address", address, "--superexec-auth-secret-file", secret, "--parent-pid", parent]
     return [program, *own]
 
