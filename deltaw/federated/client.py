@@ -89,17 +89,33 @@ class Trainer(Protocol):
 
 
 class UpdatePrivacy(Protocol):
-    """What stands between a trained update and its leaving, where privacy is by update and not by example."""
+    """What stands between a trained update and its leaving, where privacy is by update and not by example.
 
-    def release(self, change: Mapping[str, Tensor], *, key: str) -> dict[str, Tensor]:
-        """The change, clipped jointly and noised. `key` names the release: a ledger charges each key once.
+    A round has one release, whatever the server asks for.
+    """
+
+    @property
+    def terms(self) -> str:
+        """A hash of what is done to updates: equal for clients whose noise protects each other."""
+
+    def charge(self, *, run: str, round_: int) -> None:
+        """Charges the organisation's ledger for a round, once.
 
         Raises:
-            InputError: the organisation's budget does not allow it.
+            BudgetError: the organisation's budget does not allow it.
         """
 
-    def release_integers(self, change: Mapping[str, Tensor], *, key: str) -> Tensor:
-        """The same with integer noise, as integers (n,) for a ring: where masked vectors are integers."""
+    def release(self, change: Mapping[str, Tensor], *, run: str, round_: int) -> dict[str, Tensor]:
+        """The change, charged for, clipped jointly and noised."""
+
+    def release_integers(self, vector: Tensor, *, run: str, round_: int) -> Tensor:
+        """The same of a flat change (n,), as integers (n,) for a ring: where masked vectors are integers."""
+
+    def facts(self, round_: int) -> dict[str, float]:
+        """Numbers for the round's log, such as epsilon."""
+
+    def record(self) -> dict[str, Any]:
+        """What is promised, for `run.json`."""
 
 
 class Client:
@@ -110,7 +126,7 @@ class Client:
         trainer: the local model and data.
         store: the client's books; None keeps them in memory, so that a restart trains a round in flight again.
         secure: masks updates; the client then sends no plain ones, whatever the server asks for.
-        privacy: clips and noises whole updates.
+        privacy: clips and noises whole updates; nothing else of a training is then told but how long it took.
         max_message_bytes: a larger request is refused before it is read.
         explain: whether the reason of any failure is told to the server. False tells refusals by the protocol only, as
             other errors may quote data; they are logged here.
@@ -200,9 +216,13 @@ class Client:
         found = self.store.load(run, "book")
         return dict(found.header) if found is not None else {"folds": 0}
 
+    def _described(self) -> dict[str, Any]:
+        promised = {} if self._privacy is None else {"privacy": self._privacy.record()}
+        return {**self.trainer.describe(), **promised}
+
     def _own(self) -> tuple[dict[str, Any], Layout]:
         if self._known is None:
-            self._known = self.trainer.describe(), self.trainer.initial()[1]
+            self._known = self._described(), self.trainer.initial()[1]
         return self._known
 
     def _prepared(self, message: Message) -> Layout:
@@ -248,8 +268,11 @@ class Client:
     def _finish(self, message: Message) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The last request of a run: what was kept of its last round goes, and what there is to report is told."""
         run = message.header["run"]
+        if (kept := self.store.load(run, "trained")) is not None:
+            # Without what was kept the round would be trained, and released, anew.
+            self.store.save(run, "book", Message("book", self._book(run) | {"done": kept.header["round"]}))
         self.store.drop(run, "trained", "upload-0", "upload-1")
-        return {"described": self.trainer.describe()}, {}
+        return {"described": self._described()}, {}
 
     # A round.
 
@@ -266,6 +289,8 @@ class Client:
 
     def _phase(self, message: Message) -> tuple[dict[str, Any], dict[str, Tensor]]:
         header, layout = message.header, self._prepared(message)
+        if self._privacy is not None:
+            raise RefusalError("a second upload in a round: this client is accounted for one, by update_dp")
         kept = self._trained(header, header["start"])
         if kept is None:
             raise RefusalError(f"a later phase of round {header['round']}, which this client did not train in")
@@ -279,6 +304,8 @@ class Client:
         """
         round_ = _whole(header, "round")
         kept = self.store.load(header["run"], "trained")
+        if kept is None and round_ <= (done := self._book(header["run"]).get("done", -1)):
+            raise RefusalError(f"round {round_}, after this client has ended the run with round {done}")
         if kept is None or kept.header["round"] < round_:
             return None
         if kept.header["round"] > round_:
@@ -291,6 +318,9 @@ class Client:
         rule = make_rule(header["rule"], **header["options"])
         rule.check(layout)
         keys = rule.trained(header["round"], layout)
+        if self._privacy is not None:
+            # Now, as a training whose result may not leave would be in vain.
+            self._privacy.charge(run=header["run"], round_=header["round"])
         began = time.monotonic()
         result = self.trainer.train(
             start, trained=keys, round_=header["round"], rounds=header["rounds"], run=header["run"]
@@ -299,7 +329,8 @@ class Client:
         if reason := not_finite(local):
             raise RefusalError(f"its training failed: {reason}")
         tensors = state_tensors(start)
-        facts = {**numbers(result.facts), "seconds": round(time.monotonic() - began, 3)}
+        facts = {"seconds": round(time.monotonic() - began, 3)}
+        facts |= numbers(result.facts) if self._privacy is None else self._privacy.facts(header["round"])
         about = {"round": header["round"], "start": digest(tensors), "examples": result.examples, "facts": facts}
         kept = Message("trained", about, owned(tensors | {f"local/{key}": value for key, value in local.items()}))
         self.store.save(header["run"], "trained", kept)
@@ -312,7 +343,8 @@ class Client:
         header, about = message.header, kept.header
         if self._secure is not None and not isinstance(header.get("secure"), Mapping):
             raise RefusalError("this client sends masked updates only, and was asked for a plain one")
-        broadcast = _below("broadcast/", message.tensors)
+        # The first phase follows no broadcast; were one taken, each would have a release made of its own.
+        broadcast = _below("broadcast/", message.tensors) if phase else {}
         key = f"{about['round']}-{about['start']}-{phase}-{digest(broadcast)}"
         made = self.store.load(header["run"], f"upload-{phase}")
         if made is None or made.header["key"] != key:
@@ -341,16 +373,20 @@ class Client:
         unmoved = rule.upload(phase, start, still, layout, broadcast)
         upload = rule.upload(phase, start, trained, layout, broadcast)
         change = {name: (value - unmoved[name]).to(torch.float32) for name, value in upload.items()}
-        if reason := not_finite(change) or too_large(change, header["max_update_norm"]):
+        # Clipping bounds a private change; a refusal would tell its norm.
+        bound = header["max_update_norm"] if self._privacy is None else None
+        if reason := not_finite(change) or too_large(change, bound):
             raise RefusalError(reason)
-        release = f"{header['run']}-{key}"
+        release = {"run": header["run"], "round_": kept.header["round"]}
         if self._secure is not None and self._secure.settings.clip is None:
             if self._privacy is None:
                 raise RefusalError("masked vectors are integers, and nothing here makes any")
-            vector = self._privacy.release_integers(change, key=release)
+            if header.get("integers") != self._privacy.terms:
+                raise RefusalError("another clip, noise, delta or number of rounds under update_dp than this client's")
+            vector = self._privacy.release_integers(flat(change), **release)
             return Message("upload", {"key": key}, owned({"wire/vector": vector}))
         if self._privacy is not None:
-            change = self._privacy.release(change, key=release)
+            change = self._privacy.release(change, **release)
         if self._secure is not None:
             return Message("upload", {"key": key}, owned({"wire/vector": flat(change)}))
         # What an earlier round's compression lost goes with this one's change, where changes add up over rounds.

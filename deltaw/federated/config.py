@@ -64,7 +64,16 @@ class FederationConfig:
         evaluate_every: rounds between evaluations; 0: only before and after.
         evaluate_clients: whether clients are measured on their own test rows too.
         parallel: worker processes for the clients of a run on one machine; 0: one after another in this process.
-        train: everything else: model, method, optimizer, privacy.
+        update_dp: differential privacy by update: a client's whole change of a round is clipped and noised, by itself
+            or, with `secure`, by shares of the sum's noise. It hides a client, where `dp` hides examples or customers.
+        update_noise_multiplier: standard deviation of the noise over `update_clip`: of each upload, or of the sum.
+        update_target_epsilon: in place of the multiplier: the least noise that keeps all rounds within this epsilon.
+        update_clip: the norm that a client's whole change is clipped to; None means 1.
+        update_delta: of the statement; None means 1e-5, or a tenth of one over the clients where that is less.
+        update_ledger: a file, each client's own, that sums up what all runs cost the organisation, and refuses what
+            would exceed its budget; on one machine a folder with a file for each client.
+        update_budget_epsilon: of a new ledger.
+        train: everything else: model, method, optimizer, privacy by example.
     """
 
     clients: Mapping[str, Mapping[str, str | None]]
@@ -96,6 +105,13 @@ class FederationConfig:
     evaluate_every: int = 1
     evaluate_clients: bool = True
     parallel: int = 0
+    update_dp: bool = False
+    update_noise_multiplier: float | None = None
+    update_target_epsilon: float | None = None
+    update_clip: float | None = None
+    update_delta: float | None = None
+    update_ledger: str | None = None
+    update_budget_epsilon: float | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -115,7 +131,11 @@ class FederationConfig:
                 make_rule(self.rule, **self.rule_options).least_uploads,
             )
             object.__setattr__(self, "min_clients", floor)
-        problems = [*_secure_problems(self), *_rule_problems(self), *_count_problems(self)]
+        problems = [*_secure_problems(self), *_rule_problems(self), *_count_problems(self), *_update_problems(self)]
+        if self.update_dp:
+            object.__setattr__(self, "update_clip", 1.0 if self.update_clip is None else self.update_clip)
+            delta = min(1e-5, 0.1 / len(self.clients)) if self.update_delta is None else self.update_delta
+            object.__setattr__(self, "update_delta", delta)
         if problems:
             raise InputError("; ".join(problems))
 
@@ -129,6 +149,11 @@ class FederationConfig:
         if self.sample is None:
             return there
         return min(there, self.sample) if isinstance(self.sample, int) else max(1, round(self.sample * there))
+
+    @property
+    def stay(self) -> int:
+        """The fewest clients that the sum of a secure round has under `update_dp`, as its noise is counted on."""
+        return 2 * self.sampled // 3 + 1 if self.threshold is None else self.threshold
 
     @property
     def least(self) -> int:
@@ -179,7 +204,8 @@ def _check_numbers(config: FederationConfig) -> None:
     # Whether zero itself is allowed.
     reals = {"local_epochs": False, "deadline_s": False, "wait_s": True, "max_update_norm": False, "secure_clip": False}
     reals |= {"compression_share": False, "proximal_mu": True, "server_learning_rate": False, "server_tau": False}
-    reals |= {"server_momentum": True, "server_beta2": True, "sample": False}
+    reals |= {"server_momentum": True, "server_beta2": True, "sample": False, "update_noise_multiplier": True}
+    reals |= dict.fromkeys(("update_target_epsilon", "update_clip", "update_delta", "update_budget_epsilon"), False)
     for key, zero in reals.items():
         value = getattr(config, key)
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -189,7 +215,7 @@ def _check_numbers(config: FederationConfig) -> None:
         value = getattr(config, key)
         if isinstance(value, float) and value > 1:
             problems.append(f"{key} is {value!r}: expected at most 1")
-    for key in ("secure", "evaluate_clients"):
+    for key in ("secure", "evaluate_clients", "update_dp"):
         if not isinstance(getattr(config, key), bool):
             problems.append(f"{key} is {getattr(config, key)!r}: expected true or false")
     if not isinstance(config.rule_options, Mapping):
@@ -260,6 +286,62 @@ def _count_problems(config: FederationConfig) -> list[str]:
     return problems
 
 
+#: Why noise on what these rules send is of no use.
+_NOT_NOISED = {
+    "sketch": "it sends two uploads a round, of which each would be a release, and takes its directions from noise",
+    "product": "it multiplies the factors that clients send, and with them the noise of A by the noise of B",
+    "fedex": "it multiplies the factors that clients send, and with them the noise of A by the noise of B",
+}
+
+
+def _update_problems(config: FederationConfig) -> list[str]:
+    given = [item.name for item in dataclasses.fields(config) if item.name.startswith("update_")][1:]
+    given = [name for name in given if getattr(config, name) is not None]
+    if not config.update_dp:
+        return [f"{given[0]} is given and update_dp is false: turn it on, or leave {given[0]} out"] if given else []
+    problems = []
+    if config.train.dp:
+        problems.append(
+            "dp and update_dp are both on: dp noises every step and hides an example or a customer, update_dp noises "
+            "the whole change and hides a client; choose one"
+        )
+    if (config.update_noise_multiplier is None) == (config.update_target_epsilon is None):
+        problems.append("update_dp needs update_noise_multiplier or update_target_epsilon: give one of them")
+    if config.update_delta is not None and config.update_delta * len(config.clients) >= 1:
+        problems.append(
+            f"update_delta is {config.update_delta:g} with {len(config.clients)} clients: expected less than one over "
+            "their number"
+        )
+    if config.rule in _NOT_NOISED:
+        problems.append(
+            f"rule {config.rule} does not go with update_dp: {_NOT_NOISED[config.rule]}; use fedavg-ab, ffa or rolora"
+        )
+    if config.max_update_norm is not None:
+        problems.append(
+            "max_update_norm does not go with update_dp: a refusal would tell a change's norm, and update_clip makes "
+            "every change short enough"
+        )
+    if config.secure and config.weighting != "equal":
+        problems.append(
+            f"weighting {config.weighting} does not go with update_dp and secure: a client of many rows would move the "
+            "sum by more than its noise is for; set weighting equal"
+        )
+    if config.update_budget_epsilon is not None and config.update_ledger is None:
+        problems.append("update_budget_epsilon is that of a ledger: name its file with update_ledger")
+    return problems
+
+
+def _check_levels(keys: Mapping[str, Any]) -> None:
+    """Names the key that was meant where one of privacy by example is given for privacy by update."""
+    if keys.get("update_dp") is not True or keys.get("dp"):
+        return
+    for name in ("noise_multiplier", "target_epsilon", "delta", "ledger", "budget_epsilon"):
+        if keys.get(name) is not None:
+            raise InputError(f"{name} is given and belongs to dp: with update_dp say update_{name}")
+    if keys.get("unit") is not None:
+        raise InputError("unit is given and belongs to dp: the unit of update_dp is a client; leave it out")
+
+
 def make_federation_config(keys: Mapping[str, Any]) -> FederationConfig:
     """A configuration from flat keys, the federation's and the training's together.
 
@@ -280,6 +362,7 @@ def make_federation_config(keys: Mapping[str, Any]) -> FederationConfig:
             raise unknown_name("configuration key", str(name), own | theirs - set(_ELSEWHERE))
     if "clients" not in keys:
         _named(None)
+    _check_levels(keys)
     train = make_config({name: value for name, value in keys.items() if name not in own})
     mine = {name: _number(value) if name != "clients" else value for name, value in keys.items() if name in own}
     return FederationConfig(**mine, train=train)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 class IntegerCode(Protocol):
     """How vectors of reals become integers with noise in them, which sum up; the server needs the way back."""
 
+    @property
+    def terms(self) -> str:
+        """A hash of what clients do; each compares it with its own."""
+
     def length(self, size: int) -> int:
         """Integers for a vector of `size` reals."""
 
@@ -105,7 +109,7 @@ class SecureSession:
                 book=self._book,
                 round_=self._round,
                 attempt=self._attempt,
-                header=self._about | dict(asked),
+                header=self._about | dict(asked) | ({} if code is None else {"integers": code.terms}),
                 tensors=tensors,
                 limit_bytes=SMALL_BYTES + 4 * length,
             )

@@ -10,14 +10,14 @@ al. 2020; Doroshenko et al. 2022) is tight up to a discretisation that only errs
 upper bound. Integer noise (`integer_noise.py`) is accounted by RDP only.
 
 A unit that is at two organisations, a customer of two banks, is touched by both trainings: their mechanisms compose,
-and neither bank's epsilon alone holds for that customer (`across_organisations`).
+or, where one noised sum holds both updates, it moves that twice. Neither bank's epsilon holds for it alone
+(`across_organisations`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -479,19 +479,52 @@ def collusion(spec: PrivacySpec, *, clients: int, noise: Literal["own", "shared"
     return table
 
 
-def across_organisations(specs: Mapping[str, Sequence[PrivacySpec]], *, delta: float) -> tuple[Spent, str]:
-    """What holds for a unit that is at all the given organisations, with a sentence that says so.
+def across_organisations(
+    specs: Mapping[str, Sequence[PrivacySpec]], *, delta: float, noise: Literal["own", "shared"] = "own"
+) -> tuple[Spent, str]:
+    """What holds for somebody whose data is at all m given organisations, with a sentence that says so.
+
+    `own`: every organisation releases by itself (example-level DP; update-level without secure aggregation). That is m
+    mechanisms, which compose.
+
+    `shared`: the organisations' updates are in the same noised sums (update-level under secure aggregation). That is
+    one mechanism, of which a group of m changes m times as much: sigma counts as sigma / m. For any mechanism m = 2
+    gives (2 epsilon, (1 + e^epsilon) delta) (Dwork and Roth 2014, Theorem 2.2); knowing the noise gives less.
 
     Args:
         specs: each organisation's releases.
         delta: of the statement.
+        noise: whose noise protects, as for `collusion`.
+
+    Raises:
+        InputError: no organisations; shared noise that they state differently, or at another unit than the client.
     """
-    together = epsilon(list(itertools.chain.from_iterable(specs.values())), delta=delta)
-    each = ", ".join(f"{name} {epsilon(list(own), delta=delta).epsilon:.3g}" for name, own in specs.items())
+    own = [list(releases) for releases in specs.values()]
+    if not own:
+        raise InputError("no organisations: name at least one with its releases")
+    names = " and ".join(specs)
+    if noise == "own":
+        together = epsilon([spec for releases in own for spec in releases], delta=delta)
+        each = ", ".join(f"{name} {epsilon(list(r), delta=delta).epsilon:.3g}" for name, r in specs.items())
+        return together, (
+            f"A unit whose data is at {names} is touched by each training, and their losses compose: for it epsilon is "
+            f"{together.epsilon:.3g} at delta {delta:g}, where each alone states {each}."
+        )
+    if any(releases != own[0] for releases in own) or any(spec.unit != "client" for spec in own[0]):
+        raise InputError("shared noise is of one sum for the unit client: give all organisations the same releases")
+    together = epsilon([_of_group(spec, len(own)) for spec in own[0]], delta=delta)
     return together, (
-        f"A unit whose data is at {' and '.join(specs)} is touched by each training, and their losses compose: for it "
-        f"epsilon is {together.epsilon:.3g} at delta {delta:g}, where each alone states {each}."
+        f"A unit whose data is at {names} is in {len(own)} updates of the same noised sums, which it moves {len(own)} "
+        f"times as far: for it epsilon is {together.epsilon:.3g} at delta {delta:g}, where each alone states "
+        f"{epsilon(own[0], delta=delta).epsilon:.3g}."
     )
+
+
+def _of_group(spec: PrivacySpec, size: int) -> PrivacySpec:
+    """The mechanism as a group of that many clients sees it."""
+    integer = replace(spec.integer, l2=size * spec.integer.l2) if spec.integer else None
+    multiplier = integer.noise_multiplier if integer else spec.noise_multiplier / size
+    return replace(spec, noise_multiplier=multiplier, integer=integer)
 
 
 def statement(spent: Spent, spec: PrivacySpec) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,13 +15,14 @@ import torch
 
 from deltaw.checkpoint.algebra import read_stored, write_stored
 from deltaw.checkpoint.factored import stacked
-from deltaw.core.errors import DeltawError, InputError
+from deltaw.core.errors import DeltawError, InputError, RunError
 from deltaw.core.protocols import LowRank
 from deltaw.federated.client import Client
 from deltaw.federated.config import FederationConfig, make_federation_config
 from deltaw.federated.rules import make_rule
 from deltaw.federated.secure_exchange import SecureRoster
 from deltaw.federated.server import Server
+from deltaw.federated.state import GlobalState, Layout
 from deltaw.federated.store import ClientStore, Progress, ServerStore
 from deltaw.federated.transport import Factory, LocalTransport, ProcessTransport, Transport
 from deltaw.report import write_report
@@ -30,6 +32,7 @@ from deltaw.train.run_folder import peak_memory_bytes
 
 if TYPE_CHECKING:
     from deltaw.federated.secure import SecureSettings
+    from deltaw.privacy.updates import UpdateNoise, UpdatePlan
 
 Say = Callable[[str], None]
 
@@ -38,7 +41,9 @@ TRAINERS = "deltaw.studies.silo:make_trainer"
 
 _CLIENTS, _IDENTITY, _ROSTER = "clients", "identity.pem", "roster.txt"
 #: What a client's account of its privacy says of the federation as a whole, and of itself.
-_PRIVACY = ("level", "unit", "adjacency", "sampling", "delta", "noise_multiplier", "max_grad_norm")
+_PRIVACY = (
+    "level", "unit", "adjacency", "sampling", "delta", "noise", "noise_clients", "noise_multiplier", "max_grad_norm",
+)  # fmt: skip
 _PRIVACY_OF_ONE = ("epsilon", "target_epsilon", "epsilon_rdp", "steps", "sampling_rate", "collusion")
 
 
@@ -73,7 +78,7 @@ def run_federation(
 
     Raises:
         InputError: a configuration or clients that do not go together.
-        RunError: a round that had too few updates; what was done before is kept.
+        RunError: a round that had too few updates, or no client moved the adapter; what was done is kept.
     """
     began = time.monotonic()
     run = _opened(config, command, resuming, "local" if transport is None else "flower")
@@ -86,7 +91,8 @@ def run_federation(
             None if config.train.test_data else next((n for n, c in config.clients.items() if c.get("data")), None)
         )
         own = _make(trainers)(config, saves_as)
-        secure = _secure(config, run.path, roster, local=transport is None)
+        start, layout = own.initial()
+        secure = _secure(config, run.path, roster, layout, local=transport is None)
         to_clients = transport or _local_transport(config, run.path, trainers)
         try:
             server = Server(
@@ -102,6 +108,7 @@ def run_federation(
             said = server.finish()
         finally:
             to_clients.close()
+        _check_moved(start, progress, run.path)
         save_global(own, progress, run.path / "adapter")
         _finish(run, config, progress, own.describe(), said, time.monotonic() - began)
     run.save(status="done")
@@ -159,7 +166,36 @@ def make_client(
 
         key = IdentityKey.load(identity, passphrase=passphrase)
         machine = SecureClient(name, key, _peers(config, read_roster(roster)), settings=secure_settings(config))
-    return Client(name, _make(trainers)(config, name), ClientStore(folder), secure=machine, explain=explain)
+    trainer = _make(trainers)(config, name)
+    privacy = _update_noise(config, name, trainer.initial()[1]) if config.update_dp else None
+    return Client(name, trainer, ClientStore(folder), secure=machine, privacy=privacy, explain=explain)
+
+
+def update_plan(config: FederationConfig, layout: Layout) -> UpdatePlan:
+    """How clients clip and noise their changes under `update_dp`, the same from the same configuration and adapter.
+
+    Raises:
+        InputError: a target that no noise keeps to, or noise beyond what a secure sum's words hold.
+    """
+    from deltaw.privacy.updates import plan_updates
+
+    assert config.update_clip is not None and config.update_delta is not None
+    asked: dict[str, Any] = {
+        "clip": float(config.update_clip),
+        "noise_multiplier": config.update_noise_multiplier,
+        "target_epsilon": config.update_target_epsilon,
+        "rounds": config.rounds,
+        "delta": config.update_delta,
+        "clients": len(config.clients),
+    }
+    if config.secure:
+        from deltaw.federated.secure.ring import LIMIT
+
+        rule = make_rule(config.rule, **config.rule_options)
+        sizes = {key: math.prod(shape) for key, shape in layout.shapes.items()}
+        sent = (sum(sizes[key] for key in rule.trained(round_, layout)) for round_ in range(config.rounds))
+        asked |= {"stay": config.stay, "largest": LIMIT // config.sampled, "dim": max(sent)}
+    return plan_updates(**asked)
 
 
 def secure_settings(config: FederationConfig) -> SecureSettings:
@@ -167,9 +203,9 @@ def secure_settings(config: FederationConfig) -> SecureSettings:
     from deltaw.federated.secure import SecureSettings
 
     return SecureSettings(
-        threshold=config.threshold,
+        threshold=config.stay if config.update_dp else config.threshold,
         phases=make_rule(config.rule, **config.rule_options).phases,
-        clip=config.secure_clip,
+        clip=None if config.update_dp else config.secure_clip,
         weight_bound=config.secure_weight_bound if config.weighting == "examples" else 1,
     )
 
@@ -243,16 +279,57 @@ def _peers(config: FederationConfig, found: Mapping[str, Any]) -> dict[str, Any]
     return {name: found[name] for name in config.clients}
 
 
-def _secure(config: FederationConfig, folder: Path, roster: str | Path | None, *, local: bool) -> SecureRoster | None:
+def _update_noise(config: FederationConfig, name: str, layout: Layout) -> UpdateNoise:
+    from deltaw.privacy.ledger import Ledger
+    from deltaw.privacy.updates import UpdateNoise
+
+    ledger = None
+    if config.update_ledger is not None:
+        file = Path(config.update_ledger)
+        if file.suffix == "" or file.is_dir():
+            file = file / f"{name}.jsonl"
+        delta = None if config.update_budget_epsilon is None else config.update_delta
+        ledger = Ledger.open(file, config.update_budget_epsilon, delta, unit="client")
+    return UpdateNoise(update_plan(config, layout), name=name, ledger=ledger)
+
+
+def _check_moved(start: GlobalState, progress: Progress, folder: Path) -> None:
+    """Fails a run that has come to nothing, as with a learning rate of zero or tensors that no loss depends on.
+
+    Raises:
+        RunError: the adapter computes what it did at its start.
+    """
+    tensors = progress.state.tensors
+    nothing = set()
+    for _, key_A, key_B, _ in progress.layout.sites():
+        # Rules that carry updates beside the factors draw those anew, or empty them.
+        ends, began = ([held[key] for key in (key_A, key_B)] for held in (tensors, start.tensors))
+        if not any(value.any() for value in ends) and not all(value.any() for value in began):
+            nothing |= {key_A, key_B}
+    beside = [low for carried in (progress.state.carried, *progress.folds) for low in carried.values()]
+    if any(low.A.any() and low.B.any() for low in beside) or any(
+        key not in nothing and not torch.equal(value, start.tensors[key]) for key, value in tensors.items()
+    ):
+        return
+    raise RunError(
+        f"the adapter is where it began after {progress.done} rounds: no client moved it (look at learning_rate, "
+        f"local_steps and what is trained); the rounds are kept in {folder}"
+    )
+
+
+def _secure(
+    config: FederationConfig, folder: Path, roster: str | Path | None, layout: Layout, *, local: bool
+) -> SecureRoster | None:
     """The participants of secure aggregation; on one machine keys are made for them where there are none yet."""
     if not config.secure:
         return None
     from deltaw.federated.secure import IdentityKey, read_roster, write_roster
 
+    integers = update_plan(config, layout) if config.update_dp else None
     if not local:
         if roster is None:
             raise InputError("secure is true: give the file of the clients' public keys")
-        return SecureRoster(_peers(config, read_roster(roster)), secure_settings(config))
+        return SecureRoster(_peers(config, read_roster(roster)), secure_settings(config), integers)
     keys = {}
     for name in config.clients:
         path = folder / _CLIENTS / name / _IDENTITY
@@ -260,7 +337,7 @@ def _secure(config: FederationConfig, folder: Path, roster: str | Path | None, *
             IdentityKey.make().save(path)
         keys[name] = IdentityKey.load(path).public
     write_roster(folder / _CLIENTS / _ROSTER, keys)
-    return SecureRoster(keys, secure_settings(config))
+    return SecureRoster(keys, secure_settings(config), integers)
 
 
 def _local_transport(config: FederationConfig, folder: Path, trainers: str) -> Transport:

@@ -245,8 +245,17 @@ def test_an_update_is_released_once_however_often_it_is_asked_for(tmp_path):
     charged = []
 
     class Privacy:
-        def release(self, change, *, key):
-            charged.append(key)
+        def charge(self, *, run, round_):
+            pass
+
+        def facts(self, round_):
+            return {}
+
+        def record(self):
+            return {}
+
+        def release(self, change, *, run, round_):
+            charged.append((run, round_))
             return {name: value + len(charged) for name, value in change.items()}
 
     replies = []

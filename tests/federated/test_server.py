@@ -259,9 +259,10 @@ def test_integers_with_noise_of_their_own_go_under_the_masks(tmp_path):
     from dataclasses import replace
 
     from deltaw.federated.secure import SecureClient
-    from deltaw.federated.wire import flat
 
     class Code:
+        terms = "thousandths"
+
         def length(self, size):
             return size + 3
 
@@ -269,9 +270,17 @@ def test_integers_with_noise_of_their_own_go_under_the_masks(tmp_path):
             assert torch.equal(total[size:], torch.full((3,), 3.0 * len(NAMES), dtype=torch.float64))
             return total[:size] / 1024
 
-        def release_integers(self, change, *, key):
-            values = (flat(change) * 1024).round().long()
-            return torch.cat([values, torch.full((3,), 3)])
+        def charge(self, *, run, round_):
+            assert (run, round_) == ("run-1", 0)
+
+        def release_integers(self, vector, *, run, round_):
+            return torch.cat([(vector * 1024).round().long(), torch.full((3,), 3)])
+
+        def facts(self, round_):
+            return {}
+
+        def record(self):
+            return {}
 
     config = make_config(NAMES, rounds=1, secure=True, weighting="equal")
     identities, roster = secure_parts(NAMES, config)
