@@ -9,7 +9,7 @@ from scipy import stats
 
 from deltaw.core.errors import InputError
 from deltaw.core.generators import generator
-from deltaw.privacy.accounting import PrivacySpec, collusion, epsilon
+from deltaw.privacy.accounting import PrivacySpec, across_organisations, collusion, epsilon
 from deltaw.privacy.integer_noise import norm_bound
 from deltaw.privacy.ledger import BudgetError, Ledger
 from deltaw.privacy.noise import SecureNoise
@@ -220,3 +220,34 @@ def test_releases_without_noise_do_not_fit_any_budget(tmp_path):
     ledger = Ledger.open(tmp_path / "a.jsonl", 100.0, DELTA, unit="client")
     with pytest.raises(BudgetError, match="inf"):
         UpdateNoise(own(noise_multiplier=0), name="a", ledger=ledger).charge(run="r", round_=0)
+
+
+def test_data_at_two_organisations_of_one_sum_is_a_group_and_of_two_releases_composes():
+    plan = own()
+    together, sentence = across_organisations({"a": [plan.spec], "b": [plan.spec]}, delta=DELTA)
+    assert together == epsilon([plan.spec, plan.spec]) and "compose" in sentence
+
+    half = epsilon(replace(plan.spec, noise_multiplier=2.0))
+    group, sentence = across_organisations({"a": [plan.spec], "b": [plan.spec]}, delta=DELTA, noise="shared")
+    assert group == half and "2 times as far" in sentence and f"{half.epsilon:.3g}" in sentence
+    # One sum moved twice as far is more than two sums moved once, and below the bound that knows no mechanism.
+    assert group.epsilon > together.epsilon
+    alone = epsilon(plan.spec).epsilon
+    general = (1 + math.exp(alone)) * DELTA
+    assert epsilon(replace(plan.spec, noise_multiplier=2.0), delta=general).epsilon < 2 * alone
+
+    summed = shared()
+    three = {name: [summed.spec] for name in "abc"}
+    group, _ = across_organisations(three, delta=DELTA, noise="shared")
+    integer = replace(summed.integer, l2=3 * summed.integer.l2)
+    assert group == epsilon(PrivacySpec.of_integers(integer, steps=5, delta=DELTA))
+
+
+def test_groups_of_one_sum_need_one_sum():
+    different = {"a": [own().spec], "b": [own(noise_multiplier=5.0).spec]}
+    example = {name: [replace(own().spec, unit="example")] for name in "ab"}
+    for specs in (different, example):
+        with pytest.raises(InputError, match="the same releases"):
+            across_organisations(specs, delta=DELTA, noise="shared")
+    with pytest.raises(InputError, match="no organisations"):
+        across_organisations({}, delta=DELTA)
