@@ -62,8 +62,8 @@ _ROWS_PER_CUSTOMER = 4
 _LOOK_ALIKE = 0.75
 _ASIDE = 0.7
 _UNDETECTED = 0.7
-# At most 96 word pieces of an uncased BERT, measured: 0.39 a character where there are most digits and marks.
-_MAX_CHARACTERS = 240
+# At most 96 word pieces of an uncased BERT, measured: 0.41 a character where there are most digits and marks.
+_MAX_CHARACTERS = 230
 _MAX_EVENTS = 6
 
 
