@@ -264,20 +264,27 @@ class PrivateGradients:
             for micro, inputs in batches:
                 self._one(self._sink, micro, inputs, device, autocast)
         self._check(parameters, any_rows=bool(batches))
-        names = list(parameters)
-        sums = self._sink.take()
-        released = self.noise.release(
-            [sums[name] for name in names],
-            noise_multiplier=self.plan.noise_multiplier,
-            max_grad_norm=self.plan.max_grad_norm,
-            write=True,
-        )
+        means = self._noised_means(self._sink.take())
         if extra is not None:
             extra().backward()
-        for name, total in zip(names, released, strict=True):
-            p = parameters[name]
-            mean = total.div_(self.plan.expected_units).to(p.dtype)
+        for name, p in parameters.items():
+            mean = means[name].to(p.dtype)
             p.grad = mean if p.grad is None else p.grad.add_(mean)
+
+    def _noised_means(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The noised sums over the expected units; joined meanwhile, as many small tensors cost more to start."""
+        kinds: dict[Any, list[str]] = {}
+        for name, total in sums.items():
+            kinds.setdefault((total.device, total.dtype), []).append(name)
+        flat = [torch.cat([sums[name].flatten() for name in names]) for names in kinds.values()]
+        released = self.noise.release(
+            flat, noise_multiplier=self.plan.noise_multiplier, max_grad_norm=self.plan.max_grad_norm, write=True
+        )
+        means: dict[str, Tensor] = {}
+        for names, joined in zip(kinds.values(), released, strict=True):
+            parts = joined.div_(self.plan.expected_units).split([sums[name].numel() for name in names])
+            means |= {name: part.view_as(sums[name]) for name, part in zip(names, parts, strict=True)}
+        return means
 
     def _one(
         self,
