@@ -300,11 +300,11 @@ def measure(args: argparse.Namespace, checkpointing: str) -> list[dict]:
         plain = PAIRS[private]
         found = rounds_of([plain, private], args)
         row = {"system": private, "over": plain, "checkpointing": checkpointing, "rounds": args.rounds}
-        failed = [f"{name}: {ones[0]['error']}" for name, ones in found.items() if "error" in ones[0]]
+        failed = [f"{name}: {ones[-1]['error']}" for name, ones in found.items() if "error" in ones[-1]]
         if failed:
             row["error"] = "; ".join(failed)
         for key, name in (("private", private), ("plain", plain)):
-            if "error" not in found[name][0]:
+            if "error" not in found[name][-1]:
                 row[f"{key}_s"] = statistics.median(one["s"] for one in found[name])
                 row[f"{key}_peak_mib"] = found[name][-1]["peak_mib"]
         if not failed:
