@@ -33,7 +33,7 @@ def charged_plan(run: RunFolder, config: TrainConfig, rows: RunRows, encoded: En
     if known is not None:
         # A resumed run keeps to what it was charged for.
         config = dataclasses.replace(config, noise_multiplier=known["noise_multiplier"], target_epsilon=None)
-    plan = plan_privacy(config, units, steps=steps, already=() if ledger is None else ledger.composed())
+    plan = plan_privacy(config, units, steps=steps)
     record = privacy_record(plan, config) if known is None else known
     if ledger is not None:
         key = record.setdefault("ledger_key", f"{run.record['started']} {run.path.name} {os.urandom(8).hex()}")

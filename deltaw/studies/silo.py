@@ -6,6 +6,7 @@ On one machine the organisations share one frozen model, whose adapter is given 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -217,28 +218,27 @@ class Silo:
 
     def _plan(self, units: list[list[int]]) -> None:
         config = self.train_config
-        if self.name is not None and config.ledger is not None:
-            # On one machine every organisation has a file of its own.
-            file = Path(config.ledger)
-            if file.suffix == "" or file.is_dir():
-                config = dataclasses.replace(config, ledger=str(file / f"{self.name}.jsonl"))
+        if config.ledger is not None:
+            folder = Path(config.ledger)
+            if folder.is_file() or folder.suffix:
+                raise InputError(
+                    f"ledger is {config.ledger}: expected a folder, in which every organisation has a file of its own"
+                )
+            config = dataclasses.replace(config, ledger=str(folder / f"{self.name}.jsonl"))
         self.ledger = open_ledger(config, len(units))
         per_round = self.config.local_steps or max(
             1, round((self.config.local_epochs or 1.0) * len(units) / config.batch_size)
         )
-        already = () if self.ledger is None else self.ledger.composed()
-        self.plan = plan_privacy(config, units, steps=self.config.rounds * per_round, already=already)
+        self.plan = plan_privacy(config, units, steps=self.config.rounds * per_round)
 
     def _charge(self, plan: PrivacyPlan, key: str, steps: int) -> None:
-        if self.ledger is not None and plan.noise_multiplier:
+        if self.ledger is not None:
             spec = dataclasses.replace(plan, steps=steps).spec
             self.ledger.charge(key, spec, data_sha256=self.rows.train.sha256)
 
     def _spent(self, steps: int) -> float:
-        from deltaw.privacy.accounting import epsilon
-
         assert self.plan is not None
-        return epsilon(dataclasses.replace(self.plan, steps=steps).spec).epsilon
+        return _epsilon(dataclasses.replace(self.plan, steps=steps).spec)
 
     def _privacy(self, plan: PrivacyPlan) -> dict[str, Any]:
         from deltaw.privacy.accounting import collusion
@@ -249,6 +249,14 @@ class Silo:
             found = collusion(plan.spec, clients=len(self.config.clients), noise="own")
             record["collusion"] = {str(count): value for count, value in found.items()}
         return record
+
+
+@functools.cache
+def _epsilon(spec: Any) -> float:
+    """Accounting takes most of a second, and organisations of one size ask for the same."""
+    from deltaw.privacy.accounting import epsilon
+
+    return epsilon(spec).epsilon
 
 
 def _labels(config: FederationConfig) -> list[str] | None:

@@ -78,7 +78,8 @@ class TrainConfig:
         delta: of the statement; None means 1e-5, or a tenth of one over the units where that is less.
         unit: the column that names whom a row is of (a customer), all of whose rows are hidden together; None: every
             row is one by itself.
-        ledger: a file that sums up what all runs on these people's data cost, and refuses what would exceed its budget.
+        ledger: a file that sums up what all runs on these people's data cost, and refuses what would exceed its budget;
+            in a federation a folder with one such file for each organisation.
         budget_epsilon: of a new ledger.
         optimizer: `adamw`, or with states in host memory that visit the device for the step `paged_adamw` and
             `paged_adamw_8bit` (states in 8 bits).

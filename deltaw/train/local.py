@@ -20,7 +20,7 @@ from deltaw.methods import adapter_parameters
 from deltaw.methods.host import parts_of, steady_parts
 from deltaw.train.config import TrainConfig
 from deltaw.train.groups import parameter_groups, rate_ratios
-from deltaw.train.loop import prepared
+from deltaw.train.loop import prepared, warmup_steps
 from deltaw.train.losses import SummedLoss
 from deltaw.train.order import StepOrder
 from deltaw.train.private import MicroBatch, PoissonBatches, PrivacyPlan, PrivateGradients
@@ -31,7 +31,7 @@ Example = dict[str, list[int]]
 def scheduled_rate(config: TrainConfig, *, step: int, steps: int) -> float:
     """The learning rate of optimizer step number `step` (from 0) of `steps`, as the run's schedule has it."""
     assert config.learning_rate is not None
-    warmup = math.ceil(config.warmup_ratio * steps)
+    warmup = warmup_steps(config, steps)
     if step < warmup:
         return config.learning_rate * step / max(1, warmup)
     share = (step - warmup) / max(1, steps - warmup)

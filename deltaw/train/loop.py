@@ -207,6 +207,11 @@ def optimizer_steps(config: TrainConfig, rows: int) -> int:
     return config.max_steps or math.ceil(config.epochs * per_epoch)
 
 
+def warmup_steps(config: TrainConfig, steps: int) -> int:
+    """Steps of a rising rate, the first of which has rate 0: never all of them."""
+    return min(math.ceil(config.warmup_ratio * steps), steps - 1)
+
+
 def training_arguments(
     config: TrainConfig, output: Path, rows: int, device: torch.device, evaluates: bool, *, private: bool = False
 ) -> Any:
@@ -243,7 +248,7 @@ def training_arguments(
         # Its draws cannot be repeated, so there is nothing to skip.
         ignore_data_skip=private,
         lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule],
-        warmup_steps=math.ceil(config.warmup_ratio * optimizer_steps(config, rows)),
+        warmup_steps=warmup_steps(config, optimizer_steps(config, rows)),
         optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
         seed=config.seed,
         data_seed=config.seed,

@@ -101,16 +101,13 @@ def rows_of_units(groups: Sequence[str] | None, count: int) -> list[list[int]]:
     return list(found.values())
 
 
-def plan_privacy(
-    config: TrainConfig, units: Sequence[Sequence[int]], *, steps: int, already: Sequence[Any] = ()
-) -> PrivacyPlan:
+def plan_privacy(config: TrainConfig, units: Sequence[Sequence[int]], *, steps: int) -> PrivacyPlan:
     """What a run's privacy is, with the noise that its target asks for.
 
     Args:
         config: a run with `dp`.
         units: the rows of each unit.
         steps: of the whole training.
-        already: what was spent on these units before (`PrivacySpec`s), which a target has to hold too.
 
     Raises:
         InputError: more units a step than there are, a delta that protects nobody, a target out of reach.
@@ -130,7 +127,7 @@ def plan_privacy(
     if sigma is None:
         assert config.target_epsilon is not None
         target = config.target_epsilon
-        sigma = calibrate(target_epsilon=target, delta=delta, sampling_rate=rate, steps=steps, already=already)
+        sigma = calibrate(target_epsilon=target, delta=delta, sampling_rate=rate, steps=steps)
     unit = "example" if config.unit is None else "customer"
     return PrivacyPlan(sigma, config.max_grad_norm, rate, steps, delta, unit, units)
 
