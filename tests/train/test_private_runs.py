@@ -287,7 +287,7 @@ def test_a_ledger_that_is_full_refuses_the_run(place, tmp_path, steps):
     assert len(steps) == taken and not (tmp_path / "second").exists()
     # A target is the run's alone; the budget is of all.
     target = keys | {"output": str(tmp_path / "third"), "noise_multiplier": None, "target_epsilon": 0.6}
-    with pytest.raises(BudgetError, match="over the budget of 0.6"):
+    with pytest.raises(BudgetError, match=r"over the budget of 0\.6"):
         train(**target)
     third = train(**target | {"target_epsilon": 0.25})
     opened = Ledger.open(ledger)
