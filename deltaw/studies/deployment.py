@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.core.errors import InputError
+from deltaw.data.sources import local_file
 from deltaw.federated.client import Client
 from deltaw.federated.config import FederationConfig, make_federation_config
 from deltaw.federated.transport import Factory, Transport
-from deltaw.studies.federate import TRAINERS, make_client, run_federation
+from deltaw.studies.federate import make_client, run_federation
 from deltaw.train.config import read_yaml
 
 #: Called in the server's process, as `package.module:function`; nodes compare it, since it is part of what they run.
@@ -32,47 +33,76 @@ def serve(transport: Transport, options: Mapping[str, Any]) -> None:
         resuming=options["resuming"],
         transport=transport,
         roster=options["roster"],
-        trainers=options.get("trainers", TRAINERS),
     )
 
 
 def server_options(
-    config: FederationConfig,
-    *,
-    credentials: str | Path,
-    command: str,
-    resuming: bool = False,
-    trainers: str = TRAINERS,
+    config: FederationConfig, *, credentials: str | Path, command: str, resuming: bool = False
 ) -> dict[str, Any]:
-    """What `serve` is told: JSON-able, without secrets, as nodes see it too; paths are those of the server's machine."""
-    keys = config.plain()
-    # Where the banks' rows lie is their own business.
-    keys["clients"] = {name: {} for name in config.clients}
-    if keys.get("labels") is None and keys.get("task") != "causal-lm":
-        keys["labels"] = None
-    for name in ("output", "test_data"):
-        if keys.get(name):
-            keys[name] = str(Path(keys[name]).resolve())
-    roster = Path(credentials).resolve() / ROSTER
-    return {
-        "keys": keys,
-        "command": command,
-        "resuming": resuming,
-        "roster": str(roster) if config.secure else None,
-        "trainers": trainers,
-    }
-
-
-def node_factory(*, config: str | Path, credentials: str | Path, state: str | Path) -> Factory:
-    """What makes the client of a node: from the bank's YAML file, its keys' folder, and a folder for its books.
+    """What `serve` is told: JSON-able and without secrets, as nodes see it too; paths are the server's machine's.
 
     Raises:
-        InputError: no such file, or one that no federation can be made of.
+        InputError: nothing that tells the server the task.
     """
-    path = Path(config).resolve()
-    keys = read_yaml(path)
-    keys["clients"] = _located(keys.get("clients"), path.parent)
-    make_federation_config({**keys, "output": ""})
+    train = config.train
+    if not train.test_data and (train.task is None or (train.task.endswith("classification") and train.labels is None)):
+        raise InputError(
+            "nothing tells the server the task: give test_data, rows of its own, or task (and labels, where it has "
+            "classes)"
+        )
+    keys = config.plain()
+    # Where the organisations' rows lie, and what they keep books in, is their own business.
+    keys |= {"clients": {name: {} for name in config.clients}, **dict.fromkeys(("ledger", "budget_epsilon"))}
+    keys |= {name: None for name in keys if name in ("update_ledger", "update_budget_epsilon")}
+    for name in ("output", "test_data", "model"):
+        if keys.get(name) and (name != "model" or Path(keys[name]).exists()):
+            keys[name] = str(Path(keys[name]).resolve())
+    roster = str(Path(credentials).resolve() / ROSTER) if config.secure else None
+    return {"keys": keys, "command": command, "resuming": resuming, "roster": roster}
+
+
+def located_keys(file: str | Path) -> dict[str, Any]:
+    """The keys of a federation's YAML file; files of rows, and a model's folder, may be named from where the file is.
+
+    Raises:
+        InputError: no such file, or no YAML.
+    """
+    keys, root = read_yaml(file), Path(file).parent
+
+    def beside(value: Any) -> Any:
+        there = isinstance(value, str) and value and not Path(value).exists() and (root / value).exists()
+        return str(root / value) if there else value
+
+    if isinstance(keys.get("clients"), Mapping):
+        keys["clients"] = {
+            name: {key: beside(value) for key, value in own.items()} if isinstance(own, Mapping) else own
+            for name, own in keys["clients"].items()
+        }
+    return keys | {name: beside(keys[name]) for name in ("test_data", "model") if name in keys}
+
+
+def node_factory(name: str, *, config: str | Path, credentials: str | Path, state: str | Path) -> Factory:
+    """What makes the client of a node: from the bank's YAML file, its keys' folder, and a folder for its books.
+
+    Args:
+        name: of the bank.
+        config: its file: the federation's keys, and of `clients` its own rows.
+        credentials: its folder of keys.
+        state: of the node; the client's books are below it.
+
+    Raises:
+        InputError: no such file, one that no federation can be made of, or one that does not say where the rows are.
+    """
+    keys = located_keys(config)
+    root = Path(config).resolve().parent
+    made = make_federation_config({**keys, "output": ""})
+    own = made.clients.get(name, {})
+    if not own.get("data"):
+        raise InputError(f"{config} does not say where {name}'s rows are: expected clients: {{{name}: {{data: FILE}}}}")
+    for file in filter(None, own.values()):
+        local_file(file)
+    # Services are started in any folder: a ledger that is looked for elsewhere would begin anew.
+    keys |= {key: str(root / keys[key]) for key in ("ledger", "update_ledger") if keys.get(key)}
     options = {
         "keys": keys,
         "credentials": str(Path(credentials).resolve()),
@@ -81,35 +111,13 @@ def node_factory(*, config: str | Path, credentials: str | Path, state: str | Pa
     return Factory("deltaw.studies.deployment:node_client", options)
 
 
-def node_client(
-    name: str, *, keys: Mapping[str, Any], credentials: str, folder: str, trainers: str = TRAINERS
-) -> Client:
-    """The client of the bank called `name`, at its own node.
-
-    Raises:
-        InputError: a file that does not say where this bank's rows are.
-    """
-    own = dict(keys.get("clients") or {}).get(name)
-    if not own or not own.get("data"):
-        raise InputError(
-            f"the bank's file does not say where its rows are: expected clients: {{{name}: {{data: FILE}}}}"
-        )
+def node_client(name: str, *, keys: Mapping[str, Any], credentials: str, folder: str) -> Client:
+    """The client of the bank called `name`, at its own node."""
     secure = bool(keys.get("secure", False))
     return make_client(
         name,
         keys=keys,
         folder=folder,
-        trainers=trainers,
         identity=str(Path(credentials) / IDENTITY) if secure else None,
         roster=str(Path(credentials) / ROSTER) if secure else None,
     )
-
-
-def _located(clients: Any, root: Path) -> Any:
-    """Files of a bank's rows as absolute paths: relative ones start at its YAML file."""
-    if not isinstance(clients, Mapping):
-        return clients
-    return {
-        name: {key: str(root / value) if value else value for key, value in (own or {}).items()}
-        for name, own in clients.items()
-    }

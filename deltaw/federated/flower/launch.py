@@ -222,18 +222,25 @@ def start_run(
         run = _call(superlink, lambda: control.StartRun(_request("StartRun", fab=fab, override_config=given))).run_id
         if not run:
             raise RunError(f"the SuperLink at {superlink} did not take the run: see its log")
+        # A traceback is held back until it is clear whether the error tells by itself what there is to do.
+        traceback: list[str] = []
         try:
             for part in control.StreamLogs(_request("StreamLogs", run_id=run, after_timestamp=0.0)):
                 for line in part.log_output.splitlines():
-                    say(line)
+                    if traceback or "ServerApp raised an exception" in line:
+                        traceback.append(line)
+                    else:
+                        say(line)
         except KeyboardInterrupt:
             control.StopRun(_request("StopRun", run_id=run))
             raise
         status = control.ListRuns(_request("ListRuns", run_id=run)).run_dict[run].status
     if status.sub_status != "completed":
-        raise RunError(
-            f"the run was {status.sub_status or status.status}: {' '.join(status.details.split()) or 'no reason given'}"
-        )
+        if not any(line.startswith("deltaw.") for line in traceback):
+            for line in traceback:
+                say(line)
+        reason = " ".join(status.details.split()).removeprefix("ServerApp failed with exception: ")
+        raise RunError(f"the run is {status.sub_status or status.status}: {reason or 'no reason given'}")
 
 
 def _admit(control: ControlHttpClient, keys: Sequence[Path], say: Say) -> None:
