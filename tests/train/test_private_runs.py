@@ -241,7 +241,7 @@ def test_a_killed_run_goes_on_and_is_charged_once(place, tmp_path, monkeypatch, 
     ledger = tmp_path / "ledger.jsonl"
     budget = {"ledger": str(ledger), "budget_epsilon": 8.0, "noise_multiplier": 4.0}
     if moment == "in the third step":
-        # Calibrated anew beside its own charge it would ask for more noise.
+        # The noise that was charged for is the run's, and the whole budget with it.
         budget |= {"noise_multiplier": None, "target_epsilon": 0.5, "budget_epsilon": 0.5}
     keys = keys_for(place, tmp_path / "run", rows="many", max_steps=5, save_every=2, **budget)
     step, charge = DeltawTrainer.training_step, Ledger.charge
