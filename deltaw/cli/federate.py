@@ -48,8 +48,8 @@ _NOT_HERE = frozenset(
 _HELP = {
     "test_data": "rows of no organisation's, on which every round's adapter is measured",
     "labels": "the names of the labels; by default those of all rows, where these are on this machine",
-    "ledger": "with dp, a folder with a file for each organisation (over a network its own file) that sums up what all "
-    "runs on its people's data cost, and refuses what would exceed its budget",
+    "ledger": "with dp, a folder with a file for each organisation that sums up what all runs on its people's data "
+    "cost, and refuses what would exceed its budget",
     "output": "the run folder; by default a new runs/federation-<n>",
 }
 
@@ -371,7 +371,7 @@ def start(
 
     made = configuration(config, {}, [])
     folder = Path(made.train.output)
-    if resume and not (folder / "run.json").is_file():
+    if resume and not folder.exists():
         raise InputError(f"no run at {folder} to go on with: name its folder as output in {config}")
     command = shlex.join(["deltaw", *ctx.obj])
     options = server_options(made, credentials=credentials, command=command, resuming=resume)

@@ -12,6 +12,7 @@ from command_line import digest, process
 from small_runs import make_model, rows_of, write_rows
 
 from deltaw.checkpoint.algebra import read_stored
+from deltaw.studies.consortium_data import EXAMPLES
 
 BANKS = ("bank-a", "bank-b", "bank-c")
 QUICK = ["--model", "model", "--rounds", "2", "--batch-size", "8", "--learning-rate", "2e-2", "--r", "2"]
@@ -80,12 +81,12 @@ def test_a_file_gives_keys_beside_it_and_flags_win(banks, deltaw, monkeypatch, t
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(banks, deltaw):
-    words = ["federate", *CLIENTS, "--test-data", "test.jsonl", *QUICK, "--rounds", "30", "--output", "stopped"]
+    words = ["federate", *CLIENTS, "--test-data", "test.jsonl", *QUICK, "--rounds", "12", "--output", "stopped"]
     with process(*words, cwd=banks) as running:
         said = []
         for line in running.stderr:
             said.append(line)
-            if line.startswith("round 1/30"):
+            if line.startswith("round 1/12"):
                 running.send_signal(signal.SIGINT)
         assert running.wait(timeout=60) == 130
     assert said[-1] == "deltaw: interrupted; go on with deltaw federate --resume stopped\n", said
@@ -93,7 +94,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(banks, deltaw):
     done = deltaw("federate", "--resume", "stopped")
     assert done.code == 0, done.err
     rounds = [json.loads(line)["round"] for line in (banks / "stopped" / "rounds.jsonl").read_text().splitlines()]
-    assert rounds == list(range(31)) and record(banks / "stopped")["status"] == "done"
+    assert rounds == list(range(13)) and record(banks / "stopped")["status"] == "done"
     before = digest(banks / "stopped" / "adapter")
     assert deltaw("federate", "--resume", "stopped").code == 0 and digest(banks / "stopped" / "adapter") == before
 
@@ -157,6 +158,7 @@ def test_help_fits_80_columns_and_names_every_key(deltaw, monkeypatch):
     shown = deltaw("federate", "--help").out
     for said in ("--client NAME=FILE", "--rule TEXT", "--target-epsilon X", "--update-clip X", "  start  "):
         assert said in shown
+    assert "fraud or" in shown and set(EXAMPLES) == {"fraud", "credit"}
     assert not any(flag in shown for flag in ("--epochs", "--max-steps", "--data ", "--eval-data", "--early-stopping"))
 
 

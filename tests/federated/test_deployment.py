@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from small_runs import make_model, rows_of, write_rows
 from deltaw.core.errors import InputError, RunError
 from deltaw.federated.config import make_federation_config
 from deltaw.federated.flower.credentials import make_credentials, make_node_credentials
+from deltaw.federated.flower.launch import read_deployment
 from deltaw.federated.transport import LocalTransport
 from deltaw.studies.deployment import located_keys, node_factory, serve, server_options
 from deltaw.studies.federate import run_federation
@@ -107,23 +109,23 @@ def test_a_server_has_to_be_told_the_task(parties, lacking):
 
 
 def test_what_the_server_is_told_names_no_rows_and_no_ledger(parties):
-    private = {"dp": True, "target_epsilon": 3.0, "ledger": "books.jsonl", "budget_epsilon": 8.0}
+    private = {"dp": True, "target_epsilon": 3.0, "ledger": "books", "budget_epsilon": 8.0}
     told = server_options(write_files(parties, **private), credentials=parties / "keys", command="c")
     text = json.dumps(told)
-    assert not any(f"{name}.jsonl" in text for name in (*BANKS, "books"))
+    assert not any(f"{name}.jsonl" in text for name in BANKS) and "books" not in text
     assert told["keys"]["clients"] == {name: {} for name in BANKS} and told["roster"] is None
     assert Path(told["keys"]["output"]).is_absolute() and Path(told["keys"]["model"]).is_absolute()
     make_federation_config(told["keys"])
 
 
 def test_a_banks_files_are_found_from_where_its_configuration_is(parties, monkeypatch):
-    write_files(parties, dp=True, target_epsilon=3.0, ledger="books/ledger.jsonl", budget_epsilon=8.0)
+    write_files(parties, dp=True, target_epsilon=3.0, ledger="books", budget_epsilon=8.0)
     (parties / "elsewhere").mkdir()
     monkeypatch.chdir(parties / "elsewhere")
     made = factory_of(parties, "bank-b")
     keys = made.options["keys"]
     assert keys["clients"]["bank-b"]["data"] == str(parties / "bank-b.jsonl") and not keys["clients"]["bank-a"]
-    assert keys["ledger"] == str(parties / "books" / "ledger.jsonl")
+    assert keys["ledger"] == str(parties / "books")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,22 @@ def test_a_private_client_trains_no_more_rounds_than_its_noise_is_for(parties):
     options = server_options(made, credentials=parties, command="c")
     with pytest.raises(RunError, match="round 1 of 3: this client's noise is for 2 rounds"):
         serve(LocalTransport({name: factory_of(parties, name).make(name) for name in BANKS}), options)
+
+
+def test_the_yaml_of_the_documentation_is_read(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "federation.md").read_text(encoding="utf-8")
+    rehearsal, link, node, bank = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    made = make_federation_config(yaml.safe_load(rehearsal))
+    assert list(made.clients) == list(BANKS) and made.rule == "fedavg-ab"
+    for kind, text in (("superlink", link), ("supernode", node)):
+        (tmp_path / "file.yaml").write_text(text)
+        assert read_deployment(tmp_path / "file.yaml", kind)["credentials"]
+    own = yaml.safe_load(bank)
+    assert own["clients"]["bank-a"] and make_federation_config(own).secure
+    told = {"clients": list(BANKS), "output": "out"} | {
+        key: own[key] for key in own if key not in ("clients", "ledger")
+    }
+    assert make_federation_config({key: told[key] for key in told if key != "budget_epsilon"}).rounds == 20
 
 
 # Over loopback, each party by its own commands.
