@@ -39,6 +39,7 @@ RESULTS, TABLE, REPORT = "results.json", "table.md", "report.html"
 #: Of the command alone: what two cores finish in about a quarter of an hour.
 QUICK_CELLS = (ALONE, CENTRAL, "fedavg-ab", "product", "dp-8", "tfidf", "majority")
 QUICK_ROUNDS = 4
+QUICK_FEDERATED = {"evaluate_every": 2}
 #: Keys that the examples bring themselves.
 _OWN = (
     "test_data", "labels", "layout", "columns", "split", "task", "skip_bad_rows", "clients", "ledger",
@@ -195,7 +196,7 @@ def _asked(name: str, values: Mapping[str, Any]) -> Study:
         local_steps=steps,
         parallel=values.get("parallel") or 1,
         options=options,
-        federated={key: value for key, value in rest.items() if key in federation},
+        federated=QUICK_FEDERATED | {key: value for key, value in rest.items() if key in federation},
         # What is said of batches and rates holds for private runs too.
         private={key: value for key, value in values.items() if key in options or key in ("delta", "unit")},
     )

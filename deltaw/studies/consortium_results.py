@@ -150,10 +150,10 @@ def _notes(study: Study, points: Sequence[Mapping[str, Any]], *, parallel: int) 
     passes = (
         f"{study.local_steps} steps in each of {study.all_rounds} rounds"
         if study.local_steps is not None
-        else f"{study.all_rounds * study.local_epochs:g} passes over the rows ({study.all_rounds} rounds)"
+        else f"{study.all_rounds * study.local_epochs:g} passes over its rows, federations in {study.all_rounds} rounds"
     )
     notes = [
-        f"Every trained cell makes {passes}; all are measured once, at the end, on the same test rows. Each seed has "
+        f"Every trained cell makes {passes}. All are measured once, at the end, on the same test rows. Each seed has "
         "rows, test rows and a start of its own.",
         "The best organisation alone is chosen for each seed by the test rows themselves, which favours it; "
         "differences are taken seed by seed.",
