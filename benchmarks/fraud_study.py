@@ -50,6 +50,8 @@ def study_of(args: argparse.Namespace) -> Study:
     options: dict[str, Any] = {"device": args.device}
     if args.model:
         options |= {"model": args.model} | (DECODER if "smollm" in args.model.lower() else {})
+    if args.rows:
+        example = dataclasses.replace(example, knobs={**example.knobs, "rows_per_bank": args.rows})
     private = keys(args.set_private) | ({"unit": args.unit} if args.unit else {})
     shown = {"": {}}
     if args.sweep:
@@ -76,6 +78,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--test", help="shared test rows")
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--concentration", type=float, default=0.3, help="of the nodes' labels; smaller is more skewed")
+    parser.add_argument("--rows", type=int, help="of each bank of the fraud example")
     parser.add_argument("--cells", nargs="*", help=f"by default {' '.join(ALL_CELLS)}; with --sweep fewer")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--rounds", type=int, help="by default the example's")

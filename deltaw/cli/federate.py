@@ -17,7 +17,7 @@ from deltaw.cli.options import Flag, dashed, flags_of, given_values, merged_keys
 from deltaw.cli.pages import CONTEXT, EPILOG, Page, page
 from deltaw.cli.train import train_flags
 from deltaw.core.configs import aliases_of
-from deltaw.core.errors import InputError, unknown_name
+from deltaw.core.errors import InputError, RunError, unknown_name
 from deltaw.federated.config import FederationConfig, make_federation_config
 from deltaw.methods import METHODS
 from deltaw.train.config import TrainConfig, expanded
@@ -242,10 +242,12 @@ def _example(name: str, extra: list[str], values: dict[str, Any], command: str, 
         results = run_example(name, values, command=command, say=say, progress=say.bytes)
     if json:
         print_json(results)
-        return
-    for title, table in tables(results):
-        print_table(title, table)
-    print_facts([("Numbers", results["numbers"]), ("Report", results["report"])])
+    else:
+        for title, table in tables(results):
+            print_table(title, table)
+        print_facts([("Numbers", results["numbers"]), ("Report", results["report"])])
+    if failed := results["failed"]:
+        raise RunError(f"{len(failed)} of {results['cells']['all']} cells failed; the same command tries them again")
 
 
 def _told(record: dict[str, Any], folder: Path, json: bool) -> None:

@@ -37,8 +37,10 @@ class Message:
 
 
 def pack(message: Message) -> bytes:
-    """The message on the wire: 32 bytes of SHA-256, which find damage (not malice: transports and keys see to that),
-    then safetensors with the header in its metadata."""
+    """The message on the wire: 32 bytes of SHA-256, then safetensors with the header in its metadata.
+
+    The hash finds damage, not malice: transports and keys see to that.
+    """
     from safetensors.torch import save
 
     said = json.dumps({"format": FORMAT, "kind": message.kind, "header": dict(message.header)}, allow_nan=False)

@@ -64,6 +64,7 @@ class Server:
         *,
         run: str,
         judge: Judge | None = None,
+        base: str | None = None,
         secure: SecureRoster | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -80,6 +81,8 @@ class Server:
         )
         self.optimizer.check(self.rule)
         self._transport, self._judge, self._secure, self._say = transport, judge, secure, say
+        #: The server's own, which has to be the clients': it measures by it.
+        self._base = base
         self._exchange = Exchange(transport, run=run, deadline_s=config.deadline_s, wait_s=config.wait_s)
         self._judged_folds = 0
         #: What clients said of themselves, and how many folds each has, by name.
@@ -144,6 +147,11 @@ class Server:
         if count < self.config.least:
             listed = ", ".join(f"{name} {str(header.get('base'))[:12]}" for name, header in sorted(told.items()))
             raise InputError(f"clients have different bases ({listed}): give all the same model, quantize and dtype")
+        if self._base not in (None, base):
+            raise InputError(
+                f"the clients' base is {base[:12]} and the server's {str(self._base)[:12]}: give all the same model, "
+                "quantize and dtype"
+            )
         first = min(name for name in told if told[name].get("base") == base)
         layout = layout_of(told[first]["layout"])
         self.rule.check(layout)
@@ -164,7 +172,8 @@ class Server:
 
     def _meet(self, progress: Progress, book: Book) -> list[str]:
         """Names of the clients that can take part: those that are there and have the run's base, adapter and folds."""
-        there = self._there(self.config.least)
+        # A sum of fewer than three hides nothing from those who are in it.
+        there = self._there(max(self.config.least, 3) if self.config.secure else self.config.least)
         layout = layout_digest(progress.layout)
         for name, reply in self._exchange.ask("hello", {n: {} for n in there if n not in self.known}, book=book):
             if reason := _unfit(reply.header, progress, layout):

@@ -1,8 +1,8 @@
 """Gradients by example where a method trains whole modules: copies of them, or the model itself.
 
-Parts compute with `kernels/per_example.py` themselves. A module that is trained as it is knows nothing of that, so while
-a block lasts each one that holds trained parameters gets, on the instance, a `forward` that runs it under `torch.vmap`
-with the parameters spread over the batch.
+Parts compute with `kernels/per_example.py` themselves. A module that is trained as it is knows nothing of that, so
+while a block lasts each one that holds trained parameters gets, on the instance, a `forward` that runs it under
+`torch.vmap` with the parameters spread over the batch.
 """
 
 from __future__ import annotations

@@ -310,6 +310,14 @@ def calibrate(
     Raises:
         InputError: a target of 0 or less, or one that `already` or every noise exceeds.
     """
+    return _calibrated(target_epsilon, delta, sampling_rate, steps, tuple(already))
+
+
+@functools.cache
+def _calibrated(
+    target_epsilon: float, delta: float, sampling_rate: float, steps: int, already: tuple[PrivacySpec, ...]
+) -> float:
+    """Seconds of work, and organisations of one size ask for the same."""
     spec = PrivacySpec(
         unit=already[0].unit if already else "example",
         sampling_rate=sampling_rate, noise_multiplier=1.0, steps=steps, delta=delta,

@@ -101,6 +101,7 @@ def run_federation(
                 ServerStore(run.path),
                 run=run.record["federation"]["run"],
                 judge=own if config.train.test_data is not None else None,
+                base=own.describe()["base"],
                 secure=secure,
                 say=say,
             )
@@ -246,6 +247,8 @@ def _opened(config: FederationConfig, command: str, resuming: bool, transport: s
         run = RunFolder.open(config.train.output)
         if run.record.get("kind") != "federation":
             raise InputError(f"{run.path} is no federation: go on with deltaw train --resume {run.path}")
+        if run.record.get("status") == "done":
+            return run
         run.record.pop("error", None)
     else:
         lacking = [name for name, own in config.clients.items() if not own.get("data")]

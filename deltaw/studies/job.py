@@ -74,8 +74,10 @@ def resume(folder: str | Path, *, command: str = "", say: Say = _silent) -> RunF
     path = Path(folder)
     if not (path / "config.yaml").is_file():
         raise InputError(f"no run at {path}: expected a folder that deltaw train wrote (with config.yaml in it)")
-    config = make_config({**read_yaml(path / "config.yaml"), "output": str(path)})
-    return run_job(config, command=command, say=say, resuming=True)
+    keys = read_yaml(path / "config.yaml")
+    if "clients" in keys:
+        raise InputError(f"{path} is a federation: go on with deltaw federate --resume {path}")
+    return run_job(make_config({**keys, "output": str(path)}), command=command, say=say, resuming=True)
 
 
 def run_job(config: TrainConfig, *, command: str, say: Say, resuming: bool = False) -> RunFolder:
@@ -333,6 +335,9 @@ def _describe(
     evaluators: dict[str, TaskEvaluator],
 ) -> None:
     data = {"train": rows_record(rows.train, counts)}
+    if config.dp:
+        # Anything else is an exact function of the rows.
+        data["train"] = {key: data["train"][key] for key in ("source", "layout", "rows")}
     for name, evaluator in evaluators.items():
         if name == "eval" or evaluator is not evaluators.get("eval"):
             data[name] = rows_record(evaluator.source, evaluator.counts)
@@ -474,7 +479,8 @@ def _plan_line(config: TrainConfig, rows: RunRows, sites: Any, examples: int) ->
 
 
 def _counts_line(name: str, record: dict[str, Any]) -> str:
-    parts = [f"{record['rows']:,} rows", f"{record['tokens']:,} tokens"]
-    parts += [f"{record[key]:,} {key}" for key in ("truncated", "dropped", "empty", "bad")]
+    parts = [
+        f"{record[key]:,} {key}" for key in ("rows", "tokens", "truncated", "dropped", "empty", "bad") if key in record
+    ]
     parts += [f"{record[key]:,} {key}" for key in ("unmatched", "conflicts") if record.get(key)]
     return f"{name} rows: " + ", ".join(parts)

@@ -207,7 +207,8 @@ class _Retention:
 
     def batches(self, model: Any, count: int) -> list[dict[str, Any]] | None:
         """Some of the training rows, chosen by a fixed seed, as forward passes."""
-        if self.run is None or not count:
+        # Of a federation there are the test rows alone, which a merge is measured on.
+        if self.run is None or self.run.federated or not count:
             return None
         train = dataclasses.replace(self.rows.train, rows=_some(self.rows.train.rows, count))
         rows = dataclasses.replace(self.rows, train=train)

@@ -195,7 +195,11 @@ def _checkpointing(model: Any, *, on: bool) -> None:
     """Recomputation of activations; transformers has renamed the switch, and warns of the old name."""
     word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if on:
-        getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+        options: dict[str, Any] = {"use_reentrant": False}
+        if model.device.type == "cpu":
+            # What is computed again runs outside of the mode that the forward pass was in.
+            options["context_fn"] = lambda: (contextlib.nullcontext(), FastCpuAttention())
+        getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": options})
     else:
         getattr(model, f"{word}_checkpointing_disable")()
 
