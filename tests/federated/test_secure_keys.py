@@ -87,6 +87,7 @@ KEY, OTHER = IdentityKey.make().public.text, IdentityKey.make().public.text
         (f"../a ed25519 {KEY}", "called '../a'"),
         ("# nobody\n", "names no organisation"),
     ],
+    ids=["short", "kind", "name", "key", "base64", "length", "path", "empty"],
 )
 def test_wrong_rosters_name_the_line(tmp_path, text, reason):
     (tmp_path / "peers").write_text(text)
