@@ -43,6 +43,7 @@ _PUBLIC = {
     "InputError": "deltaw.core.errors",
     "RunError": "deltaw.core.errors",
     "TrainConfig": "deltaw.train",
+    "run_federation": "deltaw.studies.federate",
     "run_training": "deltaw.studies.job",
     "shrink": "deltaw.studies.shrinking",
     "shrink_adapter": "deltaw.studies.shrinking",
@@ -78,6 +79,7 @@ __all__ = [
     "merge",
     "quantize_model",
     "rank_advice",
+    "run_federation",
     "run_training",
     "save_adapter",
     "save_adapters",
@@ -125,6 +127,7 @@ if TYPE_CHECKING:
     )
     from deltaw.quant import NF4, quantize_model
     from deltaw.studies.combining import combine
+    from deltaw.studies.federate import run_federation
     from deltaw.studies.job import run_training
     from deltaw.studies.shrinking import rank_advice, shrink, shrink_adapter
     from deltaw.train import TrainConfig

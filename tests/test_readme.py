@@ -26,6 +26,9 @@ def here(tmp_path, monkeypatch):
         rows = [{"text": text, "label": label} for text, label in labelled_texts(40, seed=seed)]
         write_rows(tmp_path / name, rows)
     make_model(tmp_path / "tiny", "llama")
+    clients = "".join(f"  bank-{k}: {{data: {file}.jsonl}}\n" for k, file in (("a", "train"), ("b", "other")))
+    banks = "rounds: 1\nlocal_steps: 2\nmodel: tiny\ntest_data: test.jsonl\noutput: runs/banks\ndevice: cpu\n"
+    (tmp_path / "banks.yaml").write_text(f"clients:\n{clients}{banks}")
     return tmp_path
 
 
@@ -33,15 +36,17 @@ def test_the_shell_commands_run_in_turn(here, capsys):
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("deltaw ")]
     plain, methods = ["train", "evaluate", "merge"], ["compare", "shrink", "shrink", "shrink", "combine"]
     four_bits = ["train", "merge", "merge", "quantize", "export"]
-    assert [shlex.split(command)[1] for command in commands] == plain + methods + four_bits
+    private = ["train", "federate", "federate"]
+    assert [shlex.split(command)[1] for command in commands] == plain + methods + four_bits + private
     for command in commands:
         arguments = shlex.split(command.replace("smollm2-135m", "tiny"), comments=True)[1:]
-        if arguments[0] == "compare":
+        if arguments[0] == "compare" or "--example" in arguments:
             continue
         if arguments[0] == "train":
             arguments += ["--max-steps", "2", "--device", "cpu", "--dtype", "float32"]
         assert main(arguments) == 0, capsys.readouterr().err
     assert (here / "runs/mine/report.html").is_file()
+    assert (here / "runs/banks/adapter/adapter_model.safetensors").is_file()
     for folder in ("merged", "merged-4bit", "merged-16bit", "base-4bit"):
         assert (here / folder / "model.safetensors").is_file()
     assert (here / "adapter/adapter_model.safetensors").is_file()

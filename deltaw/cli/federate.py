@@ -78,7 +78,7 @@ def _flags() -> list[Flag]:
 
 
 FLAGS = _flags()
-app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=CONTEXT, cls=_Federate)
+app = typer.Typer(name="federate", add_completion=False, rich_markup_mode=None, context_settings=CONTEXT, cls=_Federate)
 
 
 def federate(

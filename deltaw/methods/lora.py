@@ -267,10 +267,12 @@ class LoraPart(nn.Module):
         if self.kind == "embedding":
             return self._embedded(x, A, B, dtype)
         dropped = F.dropout(x, self.dropout, training=self.training)
-        h = linear(dropped, A.to(x.dtype))
-        if self.start_A is None or self.start_B is None:
-            out = linear(h, B.to(x.dtype))
+        if self.start_A is None or self.start_B is None or (A is self.lora_A and B is self.lora_B):
+            A, B = (A, B) if self.start_A is None else self.factors()
+            out = linear(linear(dropped, A.to(x.dtype)), B.to(x.dtype))
         else:
+            # The same sum with the start apart from what is spread over the batch.
+            h = linear(dropped, A.to(x.dtype))
             at_start = F.linear(dropped, self.start_A.to(x.dtype))
             out = linear(h + at_start, B.to(x.dtype)) + F.linear(h, self.start_B.to(x.dtype))
         if self.lora_bias is not None:
@@ -279,10 +281,11 @@ class LoraPart(nn.Module):
 
     def _embedded(self, ids: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
         padding: int | None = self._module.padding_idx
-        rows = _looked_up(ids, A.mT, padding).to(dtype)
-        if self.start_A is None or self.start_B is None:
-            out = linear(rows, B.to(dtype)) * self.scale
+        if self.start_A is None or self.start_B is None or (A is self.lora_A and B is self.lora_B):
+            A, B = (A, B) if self.start_A is None else self.factors()
+            out = linear(_looked_up(ids, A.mT, padding).to(dtype), B.to(dtype)) * self.scale
         else:
+            rows = _looked_up(ids, A.mT, padding).to(dtype)
             at_start = _looked_up(ids, self.start_A.mT, padding).to(dtype)
             out = (linear(rows + at_start, B.to(dtype)) + F.linear(rows, self.start_B.to(dtype))) * self.scale
         embed_scale = getattr(self._module, "embed_scale", None)

@@ -114,6 +114,8 @@ TYPED: dict[str, tuple[object, object]] = {
     "reduction_factor": ("2.5", 2.5),
     "activation": ("relu", "relu"),
 }
+#: Flags that mean something with `dp` alone.
+PRIVATE = ("dp", "noise_multiplier", "target_epsilon", "delta", "unit", "ledger", "budget_epsilon")
 BY_KIND = {
     "bool": (True, True),
     "int": ("3", 3),
@@ -133,6 +135,11 @@ def test_a_typed_value_reaches_the_configuration(flag):
     assert values == {flag.name: wanted}
     base = {"data": "x", "method": flag.owners[0] if flag.owners else "lora"}
     base |= {"batch_size": 64, "micro_batch_size": 1} if "batch" in flag.name else {}
+    if flag.name in PRIVATE:
+        base |= {"dp": True} | (
+            {} if flag.name in ("noise_multiplier", "target_epsilon") else {"noise_multiplier": 1.0}
+        )
+        base |= {"ledger": "l.jsonl"} if flag.name == "budget_epsilon" else {}
     made = make_config({**base, **values})
     holder = made.method_config if flag.owners else made
     assert getattr(holder, flag.name) == wanted

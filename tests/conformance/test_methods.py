@@ -129,7 +129,8 @@ def test_gradients_equal_finite_differences(key):
             below = value()
             parameter.add_(direction, alpha=step)
         slope, expected = float(above - below) / (2 * step), float((got[name] * direction).sum())
-        assert abs(slope - expected) < 1e-6 * max(1.0, abs(expected)), name
+        # A step's error grows with the gradient, which may be all but orthogonal to the direction.
+        assert abs(slope - expected) < 1e-6 * max(1.0, float(got[name].norm() * direction.norm())), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
