@@ -79,3 +79,17 @@ def test_weights_that_are_not_finite_stop_it(tmp_path):
         next(iter(adapter_parameters(model, "default").values())).fill_(float("nan"))
     with pytest.raises(RunError, match="NaN"):
         steps(model, config, examples, collator, 1)
+
+
+def test_recomputed_attention_is_that_of_the_forward_pass_in_16_bits(tmp_path):
+    """On CPUs attention has a backward pass of its own, in a mode that recomputation has to be in too."""
+    found = {}
+    for on in (False, True):
+        config, model, examples, collator = prepared(tmp_path / str(on), gradient_checkpointing=on)
+        model.to(torch.bfloat16)
+        for parameter in adapter_parameters(model, "default").values():
+            parameter.data = parameter.data.float()
+        steps(model, config, examples, collator, 3)
+        found[on] = state(model)
+    for name, expected in found[False].items():
+        torch.testing.assert_close(found[True][name], expected, rtol=1e-4, atol=1e-6, msg=name)
