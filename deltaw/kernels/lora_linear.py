@@ -87,23 +87,21 @@ class Sinks:
         parameters: leaves, in the order in which the function knows them.
     """
 
-    def __init__(self, context: ForwardContext, rows: int, parameters: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, context: ForwardContext, rows: int, parameters: tuple[Tensor, ...]) -> None:
         assert context.sink is not None
         self.sink, self.rows, self.parameters = context.sink, rows, parameters
 
     @classmethod
-    def of(cls, x: Tensor, *parameters: Tensor | None) -> Sinks | None:
+    def of(cls, x: Tensor, *parameters: Tensor) -> Sinks | None:
         """For the context in force and the function's input x (..., in); None: nobody asks."""
         context = sink_context()
-        if context is None or not any(p is not None and p.requires_grad for p in parameters):
+        if context is None or not any(p.requires_grad for p in parameters):
             return None
         return cls(context, len(context.by_row(x)), parameters)
 
     def feed(self, which: int, gradients: Tensor) -> None:
         """The gradients of one parameter, (rows, *its shape)."""
-        parameter = self.parameters[which]
-        assert parameter is not None
-        self.sink.feed(parameter, gradients)
+        self.sink.feed(self.parameters[which], gradients)
 
     def split(self, flat: Tensor) -> Tensor:
         """(T, d) to (rows, T / rows, d)."""

@@ -45,8 +45,8 @@ class ExampleGradients:
         self._sums: dict[str, Tensor] = {}
         self._carried: dict[str, Tensor] = {}
         self._weights = torch.zeros(0)
-        self._units = torch.zeros(0, dtype=torch.long)
-        self._count, self._open = 0, False
+        self._units: Tensor | None = None
+        self._alone, self._open = True, False
 
     def begin(self, weights: Tensor, *, units: Tensor | None = None, stays_open: bool = False) -> None:
         """A micro-batch.
@@ -58,10 +58,8 @@ class ExampleGradients:
             stays_open: the last unit has more rows in the next micro-batch.
         """
         self._weights = weights.float()
-        self._units = torch.arange(len(weights), device=weights.device) if units is None else units
         self._alone = units is None and not self._carried and not stays_open
-        self._count = int(self._units.max()) + 1
-        self._open = stays_open
+        self._units, self._open = units, stays_open
         self._held = {}
 
     def feed(self, parameter: Tensor, gradients: Tensor) -> None:
@@ -106,13 +104,16 @@ class ExampleGradients:
 
     def _gather(self) -> None:
         """Rows to units, with the unit that the last micro-batch left open as number 0."""
+        rows = torch.arange(len(self._weights), device=self._weights.device)
+        units = rows if self._units is None else self._units
+        count = int(units.max()) + 1
         for name in {**self._held, **self._carried}:
             shape = self.parameters[name].shape
             wide = _wide(self._held.get(name, self._carried.get(name)))
-            made = torch.zeros(self._count, *shape, device=self._weights.device, dtype=wide)
+            made = torch.zeros(count, *shape, device=self._weights.device, dtype=wide)
             if name in self._held:
                 weighted = self._held[name].to(wide) * self._weights.view(-1, *[1] * len(shape))
-                made.index_add_(0, self._units, weighted)
+                made.index_add_(0, units, weighted)
             if name in self._carried:
                 made[0] += self._carried[name]
             self._held[name] = made

@@ -30,7 +30,7 @@ from deltaw.federated.state import GlobalState, Layout
 from deltaw.methods import LoRA, adapt, delete_adapter, set_adapter
 from deltaw.methods.host import active_method, adapter_names, book_of, parts_of
 from deltaw.methods.lora_peft import as_measured
-from deltaw.models.sites import SiteWeight, kind_of
+from deltaw.models.sites import kind_of
 from deltaw.studies.job import add_adapter, evaluator_for, load_job_model, resolved, training_examples
 from deltaw.studies.private import open_ledger
 from deltaw.studies.rows import RunRows, read, run_rows
@@ -91,7 +91,6 @@ class Silo:
         self.shared = _shared(self.train_config, self.rows, apart=name if config.merge_every else None)
         self._evaluator = self._measures()
         self.plan: PrivacyPlan | None = None
-        self._done_steps = 0
         if name is not None:
             encoded, self.collator = training_examples(
                 self.train_config, self.rows, self.shared.tokenizer, self.shared.model
@@ -134,7 +133,7 @@ class Silo:
             raise RefusalError(
                 f"round {round_ + 1} of {rounds}: this client's noise is for {self.config.rounds} rounds"
             )
-        steps = self._steps()
+        steps = self._steps(len(self.examples) if self.plan is None else len(self.plan.units))
         if self.plan is not None:
             self._charge(self.plan, f"{run}/{round_}", steps)
         with _with_state(model, start):
@@ -187,7 +186,6 @@ class Silo:
             own = delta if kind == "linear" else delta.t()
             with torch.no_grad():
                 weight.copy_((weight.double() + own.to(weight.device)).to(weight.dtype))
-            assert SiteWeight(module, kind).shape == tuple(delta.shape)
 
     def save(self, state: GlobalState, folder: Path) -> None:
         """Writes a state's adapter in PEFT's layout, without what is carried beside it."""
@@ -208,13 +206,12 @@ class Silo:
             encoder_decoder=model.config.is_encoder_decoder,
         )
 
-    def _steps(self) -> int:
-        """Optimizer steps of a round."""
+    def _steps(self, units: int) -> int:
+        """Optimizer steps of a round over so many rows, or units of private training."""
         if self.config.local_steps is not None:
             return self.config.local_steps
         assert self.config.local_epochs is not None
-        count = len(self.examples) if self.plan is None else len(self.plan.units)
-        return max(1, round(self.config.local_epochs * count / self.train_config.batch_size))
+        return max(1, round(self.config.local_epochs * units / self.train_config.batch_size))
 
     def _plan(self, units: list[list[int]]) -> None:
         config = self.train_config
@@ -226,10 +223,7 @@ class Silo:
                 )
             config = dataclasses.replace(config, ledger=str(folder / f"{self.name}.jsonl"))
         self.ledger = open_ledger(config, len(units))
-        per_round = self.config.local_steps or max(
-            1, round((self.config.local_epochs or 1.0) * len(units) / config.batch_size)
-        )
-        self.plan = plan_privacy(config, units, steps=self.config.rounds * per_round)
+        self.plan = plan_privacy(config, units, steps=self.config.rounds * self._steps(len(units)))
 
     def _charge(self, plan: PrivacyPlan, key: str, steps: int) -> None:
         if self.ledger is not None:
@@ -320,16 +314,19 @@ def base_digest(model: nn.Module, labels: list[str] | None) -> str:
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         packed: Any = packed_of(parameter)
-        tensors = [parameter] if packed is None else [packed.dequantize(slice(0, 1)), *_stored(packed)]
-        for tensor in tensors:
+        for tensor in [parameter] if packed is None else _stored(packed):
             digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
 def _stored(packed: Any) -> Iterator[Tensor]:
-    for value in vars(packed).values():
+    """Everything that a packed weight holds, the scales' own scales among it."""
+    for field in dataclasses.fields(packed):
+        value = getattr(packed, field.name)
         if isinstance(value, Tensor):
             yield value
+        elif dataclasses.is_dataclass(value):
+            yield from _stored(value)
 
 
 def _bytes(tensor: Tensor) -> Any:
