@@ -113,6 +113,10 @@ def federate(
             show_default=False,
         ),
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="with --example: all rules, epsilons 8, 3 and 1, and as many rounds as they need."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="print the run's record as one JSON object.")] = False,
     **given: Any,
 ) -> None:
@@ -136,8 +140,10 @@ def federate(
         extra = ", ".join([*(["--example"] if example else []), *other, *map(dashed, values)])
         raise InputError(f"--resume goes on with the federation's own configuration: leave out {extra}")
     if example is not None:
-        _example(example, other, values, command, json)
+        _example(example, other, values, full, command, json)
         return
+    if full:
+        raise InputError(f"--full goes with --example, which is {' or '.join(EXAMPLES)}: leave it out")
     made = None if resume is not None else configuration(config, values, client or [])
     folder = _resumable(resume or "") if made is None else Path(made.train.output)
     from deltaw.studies.catalogue import fetch_model
@@ -231,7 +237,7 @@ def _saying_how_to_go_on(folder: Path, command: str) -> Iterator[None]:
         raise
 
 
-def _example(name: str, extra: list[str], values: dict[str, Any], command: str, json: bool) -> None:
+def _example(name: str, extra: list[str], values: dict[str, Any], full: bool, command: str, json: bool) -> None:
     if name not in EXAMPLES:
         raise unknown_name("example", name, EXAMPLES)
     if extra:
@@ -239,7 +245,7 @@ def _example(name: str, extra: list[str], values: dict[str, Any], command: str, 
     from deltaw.studies.consortium import run_example, tables
 
     with Say() as say:
-        results = run_example(name, values, command=command, say=say, progress=say.bytes)
+        results = run_example(name, values, full=full, command=command, say=say, progress=say.bytes)
     if json:
         print_json(results)
     else:

@@ -21,6 +21,7 @@ from deltaw.studies.consortium_cells import PLAN, WORKER, is_done, read_plan_rec
 from deltaw.studies.consortium_data import EXAMPLES, example
 from deltaw.studies.consortium_page import study_page
 from deltaw.studies.consortium_plan import (
+    ALL_CELLS,
     ALONE,
     CENTRAL,
     SECURE,
@@ -135,17 +136,19 @@ def run_example(
     name: str,
     values: Mapping[str, Any],
     *,
+    full: bool = False,
     command: str,
     say: Say = lambda line: None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """An example as the command runs it: one seed, few rounds, the cells that tell most.
+    """An example as the command runs it: one seed, and in short few rounds and the cells that tell most.
 
     Args:
         name: of the example.
         values: flags that were given: `output`, `seed`, `rounds`, `local_epochs` or `local_steps`, `parallel` (cells at
             a time), `rule` (several with commas), `secure`, `dp`, `target_epsilon`, `unit`, and keys of a training or
             a federation.
+        full: every rule, epsilons 8, 3 and 1, and the example's own number of rounds.
         command: what was typed.
         say: takes lines of progress.
         progress: told of downloads.
@@ -156,25 +159,27 @@ def run_example(
     Raises:
         InputError: an unknown example, or a flag that has no meaning here.
     """
-    study = _asked(name, values)
-    say(f"the example in short; all rules, epsilons and several seeds: python benchmarks/fraud_study.py --task {name}")
+    study = _asked(name, values, full)
+    if not full:
+        say("the example in short; --full has all rules, epsilons 8, 3 and 1, and more rounds")
     return run_study(study, command=command, say=say, progress=progress)
 
 
-def _asked(name: str, values: Mapping[str, Any]) -> Study:
+def _asked(name: str, values: Mapping[str, Any], full: bool) -> Study:
     chosen = example(name)
     for key in values:
         if key in _OWN:
             raise InputError(
                 f"--{key.replace('_', '-')} has no meaning for --example, which brings its own: leave it out"
             )
-    cells = [cell for cell in QUICK_CELLS if not cell.startswith("dp-")]
-    private = [cell for cell in QUICK_CELLS if cell.startswith("dp-")]
+    known = ALL_CELLS if full else QUICK_CELLS
+    cells = [cell for cell in known if not cell.startswith("dp-")]
+    private = [cell for cell in known if cell.startswith("dp-")]
     if "rule" in values:
         rules = [rule.strip() for rule in str(values["rule"]).split(",")]
         cells = [ALONE, CENTRAL, *rules, "tfidf", "majority"]
     if values.get("secure"):
-        cells.append(SECURE)
+        cells = [*(cell for cell in cells if cell != SECURE), SECURE]
     if "target_epsilon" in values:
         private = [f"dp-{values['target_epsilon']:g}"]
     if values.get("dp", True):
@@ -188,15 +193,15 @@ def _asked(name: str, values: Mapping[str, Any]) -> Study:
     return Study(
         example=chosen,
         # Always the same folder, so that the same command goes on.
-        output=str(values.get("output") or Path("runs") / f"example-{name}"),
+        output=str(values.get("output") or Path("runs") / f"example-{name}{'-full' if full else ''}"),
         cells=cells,
         seeds=(values.get("seed", 0),),
-        rounds=values.get("rounds", QUICK_ROUNDS),
+        rounds=values.get("rounds", None if full else QUICK_ROUNDS),
         local_epochs=1.0 if epochs is None else epochs,
         local_steps=steps,
         parallel=values.get("parallel") or 1,
         options=options,
-        federated=QUICK_FEDERATED | {key: value for key, value in rest.items() if key in federation},
+        federated=({} if full else QUICK_FEDERATED) | {key: value for key, value in rest.items() if key in federation},
         # What is said of batches and rates holds for private runs too.
         private={key: value for key, value in values.items() if key in options or key in ("delta", "unit")},
     )

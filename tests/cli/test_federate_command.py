@@ -126,6 +126,7 @@ TWO = ["--client", "a=bank-a.jsonl", "--client", "b=bank-b.jsonl"]
         (["--resume", "remote"], "remote ran over a network: go on with it by deltaw federate start --resume"),
         (["--example", "frauds"], "unknown example 'frauds': did you mean 'fraud'"),
         (["--example", "fraud", *TWO], "--example fraud brings its own organisations and rows: leave out --client"),
+        (["--full"], "--full goes with --example, which is fraud or credit: leave it out"),
         (["strat"], "unknown command of deltaw federate 'strat': did you mean 'start'"),
         (["banks.yaml"], "banks.yaml is no command of deltaw federate: give a configuration as --config banks.yaml"),
         (["start"], "missing option '--config'; see deltaw federate start --help"),

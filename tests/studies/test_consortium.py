@@ -276,10 +276,10 @@ def test_the_command_s_flags_choose_cells(monkeypatch):
     asked = []
     monkeypatch.setattr(consortium, "run_study", lambda study, **_: asked.append(study) or {})
 
-    def study(**values):
+    def study(full=False, **values):
         said = []
-        run_example("fraud", values, command="", say=said.append)
-        assert "benchmarks/fraud_study.py" in said[0]
+        run_example("fraud", values, full=full, command="", say=said.append)
+        assert full or "--full" in said[0]
         return asked[-1]
 
     plain = study()
@@ -294,6 +294,9 @@ def test_the_command_s_flags_choose_cells(monkeypatch):
         2,
         3,
     )
+    whole = study(full=True, secure=True)
+    assert set(whole.cells) == set(ALL_CELLS) and len(whole.cells) == len(ALL_CELLS)
+    assert (whole.rounds, whole.federated, whole.output) == (None, {}, "runs/example-fraud-full")
     for name, values, message in (
         ("fraud", {"test_data": "x"}, "--test-data has no meaning"),
         ("bank", {}, "unknown example 'bank'"),
