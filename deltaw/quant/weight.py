@@ -10,6 +10,7 @@ taken row by row as one flat sequence of blocks of 64, which may straddle rows:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,22 +130,42 @@ class NF4Weight:
         rows, columns = self.shape
         return torch.stack([self.codes >> 4, self.codes & 15], dim=1).flatten()[: rows * columns].view(rows, columns)
 
-    def dequantize(self, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The rows of W (rows, in) in `dtype`; bit for bit what bitsandbytes makes of them."""
+    def dequantize(
+        self, rows: slice | None = None, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """The rows of W (rows, in) in `dtype`; bit for bit what bitsandbytes makes of them.
+
+        Args:
+            rows: consecutive ones; None means all.
+            dtype: of the result; None means `out`'s or else the weight's.
+            out: (rows, in), contiguous, of `dtype`, to write to, such as some rows of a larger matrix; None makes it.
+
+        Raises:
+            InputError: an `out` that does not fit.
+        """
         start, stop, step = (rows or slice(None)).indices(self.shape[0])
         assert step == 1, "rows are taken one after the other"
         columns = self.shape[1]
         count = max(stop - start, 0)
+        dtype = dtype or (self.dtype if out is None else out.dtype)
+        if out is not None and (
+            (out.shape, out.dtype, out.device) != ((count, columns), dtype, self.device) or not out.is_contiguous()
+        ):
+            raise InputError(
+                f"out is {out.dtype} of shape {tuple(out.shape)}, strides {out.stride()}, on {out.device}: "
+                f"expected {dtype}, contiguous, ({count}, {columns}), on {self.device}"
+            )
         values = dequantize_4bit(
             self.codes,
             nf4_code(self.device),
             self.scales,
             start=start * columns,
             stop=(start + count) * columns,
-            dtype=dtype or self.dtype,
+            dtype=dtype,
             block_size=self.block_size,
+            out=None if out is None else out.view(-1),
         )
-        return values.view(count, columns)
+        return values.view(count, columns) if out is None else out
 
     def take(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Chosen rows of W: index (...), integers, to (..., in)."""
@@ -187,6 +208,26 @@ class NF4Weight:
                 tensors["nested_code"] = _shared(self.scales.code, tensors["codes"].device)
             moved = self.with_tensors(tensors)
         return moved if dtype is None else replace(moved, dtype=dtype)
+
+
+def dequantize_all(weights: Sequence[NF4Weight], out: Tensor) -> Tensor:
+    """The rows of several weights under one another in one buffer, for one product with an input that they share.
+
+    Args:
+        weights: each (rows_i, in).
+        out: (sum of rows_i, in), contiguous; the values are in its dtype.
+
+    Raises:
+        InputError: an `out` that does not fit.
+    """
+    columns = {weight.shape[1] for weight in weights}
+    total = sum(weight.shape[0] for weight in weights)
+    if out.dim() != 2 or columns != {out.shape[1]} or len(out) != total:
+        shapes = ", ".join(str(weight.shape) for weight in weights)
+        raise InputError(f"out of shape {tuple(out.shape)} for weights {shapes}: expected all rows, equally long")
+    for weight, rows in zip(weights, out.split([weight.shape[0] for weight in weights]), strict=True):
+        weight.dequantize(out=rows)
+    return out
 
 
 def nested_scales(absmax: Tensor) -> NestedScales:

@@ -119,6 +119,41 @@ def test_dequantising_is_the_reference(device, dtype, block_size, start, stop):
 
 
 @kernels
+@pytest.mark.parametrize("dtype", OUT_DTYPES)
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@pytest.mark.parametrize(("start", "stop"), [(0, 20000), (0, 8), (8, 72), (4104, 12288), (8192, 20000), (9, 9)])
+def test_dequantising_by_words_is_the_reference(monkeypatch, device, dtype, block_size, start, stop):
+    from deltaw.kernels import nf4_triton
+
+    # Whoever asks for words must not silently get the other kernel.
+    monkeypatch.setattr(nf4_triton, "_dequantize_kernel", None)
+    code = nf4_code(torch.device(device))
+    codes, absmax = nf4.quantize_4bit_torch(matrix(20001, torch.float32, device), code, block_size=block_size)
+    for scales in both_scales(absmax):
+        got, wanted = (torch.full((stop - start + 16,), 9.0, dtype=dtype, device=device) for _ in range(2))
+        place = {"start": start, "stop": stop, "block_size": block_size}
+        nf4_triton.dequantize_4bit(codes, code, scales, out=got[8:-8], by_words=True, **place)
+        nf4.dequantize_4bit_torch(codes, code, scales, out=wanted[8:-8], **place)
+        assert torch.equal(got, wanted)
+
+
+@kernels
+@pytest.mark.parametrize(("start", "stop", "shift"), [(0, 20001, 0), (4, 20000, 0), (0, 16, 1), (0, 20000, 2)])
+def test_ranges_that_are_no_words_take_the_other_kernel(monkeypatch, device, start, stop, shift):
+    from deltaw.kernels import nf4_triton
+
+    monkeypatch.setattr(nf4_triton, "_dequantize_words_kernel", None)
+    code = nf4_code(torch.device(device))
+    codes, absmax = nf4.quantize_4bit_torch(matrix(20001, torch.float32, device), code)
+    # The same bytes at an address that is no word's.
+    codes = torch.cat([codes.new_zeros(shift), codes])[shift:]
+    got, wanted = torch.empty(stop - start, device=device), torch.empty(stop - start, device=device)
+    nf4_triton.dequantize_4bit(codes, code, absmax, start=start, stop=stop, out=got, by_words=True)
+    nf4.dequantize_4bit_torch(codes, code, absmax, start=start, stop=stop, out=wanted)
+    assert torch.equal(got, wanted)
+
+
+@kernels
 def test_scales_are_rounded_twice(device):
     """With absmax = map * nested + offset in one rounding, a share of these values would differ."""
     from deltaw.kernels import nf4_triton
@@ -129,19 +164,25 @@ def test_scales_are_rounded_twice(device):
     scales = both_scales(absmax)[1]
     once = scales.code.double()[scales.q.long()] * scales.absmax.double().repeat_interleave(256)[: len(absmax)]
     assert ((once + scales.offset.double()).float() != scales.values()).sum() > len(absmax) / 100
-    got, wanted = torch.empty(count, device=device), torch.empty(count, device=device)
-    nf4_triton.dequantize_4bit(codes, code, scales, start=0, stop=count, out=got)
+    wanted = torch.empty(count, device=device)
     nf4.dequantize_4bit_torch(codes, code, scales, start=0, stop=count, out=wanted)
-    assert torch.equal(got, wanted)
+    for by_words in (False, True):
+        got = torch.empty(count, device=device)
+        nf4_triton.dequantize_4bit(codes, code, scales, start=0, stop=count, out=got, by_words=by_words)
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_beyond_two_to_the_31_values(double_quant):
-    """Both kernels by way of their callers, compared chunk by chunk at the ends and in the middle."""
-    count = 2**31 + 12345
+@pytest.mark.parametrize("by_words", [False, True])
+def test_beyond_two_to_the_31_values(monkeypatch, by_words, double_quant):
+    """The kernels by way of their callers, compared chunk by chunk at the ends and in the middle."""
+    from deltaw.kernels import nf4_triton
+
+    monkeypatch.setattr(nf4_triton, "BY_WORDS", by_words)
+    count = 2**31 + (12344 if by_words else 12345)
     code = nf4_code(torch.device("cuda"))
     x = torch.randn(1 << 20, generator=generator(0, "x")).to("cuda", torch.bfloat16).repeat(-(-count // (1 << 20)))
     x = x[:count]

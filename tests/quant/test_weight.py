@@ -17,7 +17,7 @@ from deltaw.kernels.lora_linear import lora_linear
 from deltaw.kernels.nf4 import NestedScales
 from deltaw.quant.codebooks import NF4_VALUES, dynamic_code
 from deltaw.quant.config import NF4
-from deltaw.quant.weight import NF4Weight
+from deltaw.quant.weight import NF4Weight, dequantize_all
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 1), (1, 63), (3, 5), (7, 64), (13, 65), (64, 64), (5, 130), (70, 33), (300, 70)]
@@ -70,6 +70,46 @@ def test_every_way_of_reading_gives_the_definitions_values(shape, dtype, double)
     bias, g = drawn(rows, seed=2, dtype=torch.float64), drawn(2, rows, seed=3, dtype=torch.float64)
     torch.testing.assert_close(weight.matmul(x, bias), x @ exact.t() + bias, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(weight.t_matmul(g), g @ exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 33, 64])
+def test_values_go_where_they_are_told(columns, dtype):
+    weight = NF4Weight.quantize(drawn(9, columns), dtype=torch.float16)
+    buffer = torch.full((20, columns), 7.0, dtype=dtype)
+    given = buffer[4:7]
+    assert weight.dequantize(slice(5, 8), out=given) is given
+    assert torch.equal(given, values_of(weight, dtype)[5:8])
+    assert (buffer[:4] == 7).all() and (buffer[7:] == 7).all()
+    assert torch.equal(weight.dequantize(dtype=dtype, out=buffer[11:]), values_of(weight, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_weights_lie_under_one_another(dtype):
+    weights = [NF4Weight.quantize(drawn(rows, 33, seed=rows), double_quant=rows > 1) for rows in (3, 1, 7)]
+    out = torch.full((11, 33), math.nan, dtype=dtype)
+    assert dequantize_all(weights, out) is out
+    assert torch.equal(out, torch.cat([values_of(weight, dtype) for weight in weights]))
+
+
+def test_a_buffer_that_does_not_fit_is_an_error():
+    weight = NF4Weight.quantize(drawn(4, 6))
+    for out, dtype in [
+        (torch.empty(4, 5), None),
+        (torch.empty(6, 4).t(), None),
+        (torch.empty(24), None),
+        (torch.empty(4, 6), torch.float16),
+        (torch.empty(4, 6, device="meta"), None),
+    ]:
+        with pytest.raises(InputError, match=r"expected torch.float(16|32), contiguous, \(4, 6\)"):
+            weight.dequantize(dtype=dtype, out=out)
+    for weights, shape in [
+        ([weight, weight], (7, 6)),
+        ([weight, NF4Weight.quantize(drawn(4, 5))], (8, 6)),
+        ([], (0, 6)),
+    ]:
+        with pytest.raises(InputError, match="expected all rows, equally long"):
+            dequantize_all(weights, torch.empty(shape))
 
 
 @pytest.mark.parametrize("block_size", [64, 128, 4096])
