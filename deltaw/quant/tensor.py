@@ -250,6 +250,14 @@ def _copy(func: Any, weight: NF4Tensor, source: Any, *args: Any, **kwargs: Any) 
     return weight
 
 
+def _as_strided(func: Any, weight: NF4Tensor, size: Any, stride: Any, offset: int | None = None) -> Tensor:
+    # FSDP2 asks for the whole of a gathered weight in this way.
+    if (tuple(size), tuple(stride), offset or 0) == (tuple(weight.shape), weight.stride(), 0):
+        return _same(func, weight)
+    found: Tensor = func(dense(weight), size, stride, offset)
+    return found
+
+
 def _kind(weight: NF4Tensor) -> Any:
     packed = weight.packed
     return packed.shape, weight.transposed, packed.block_size, packed.double_quant
@@ -259,6 +267,7 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     _aten.copy_.default: _copy,
     _aten.detach.default: _same,
     _aten.alias.default: _same,
+    _aten.as_strided.default: _as_strided,
     _aten.clone.default: _clone,
     _aten._to_copy.default: _to,
 }

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from deltaw.checkpoint.adapters import PREFIX, load_state, read_adapter
 from deltaw.core.errors import InputError, RunError
 from deltaw.methods.host import parts_of
+from deltaw.quant.shards import shardable
+from deltaw.quant.tensor import NF4Tensor
 
 
 def shard(model: Any, device: torch.device) -> None:
@@ -33,10 +35,23 @@ def shard(model: Any, device: torch.device) -> None:
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     for module in reversed(list(model.modules())):
         if type(module).__name__ in blocks:
+            _make_shardable(module)
             fully_shard(module, mesh=mesh)
+    _make_shardable(model)
     fully_shard(model, mesh=mesh)
     # Else accelerate would wrap it for DDP.
     model._is_accelerate_prepared = True
+
+
+def _make_shardable(module: nn.Module) -> None:
+    """Gives the 4-bit weights below a module the form that FSDP2 shares out; what was one weight stays one."""
+    made: dict[NF4Tensor, nn.Parameter] = {}
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if isinstance(parameter, NF4Tensor):
+                if parameter not in made:
+                    made[parameter] = shardable(parameter)
+                child._parameters[name] = made[parameter]
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -188,6 +188,15 @@ def test_copies_keep_four_bits_and_every_bit(transposed, double):
     assert weight.detach().packed.codes is weight.packed.codes
 
 
+def test_looked_at_whole_by_strides_it_keeps_four_bits():
+    weight, dense = made()
+    whole = torch.as_strided(weight, (13, 37), (37, 1), storage_offset=0)
+    assert isinstance(whole, NF4Tensor) and whole.packed is weight.packed
+    for looks in (((3, 37), (37, 1), 0), ((11, 13), (1, 37), 0), ((12, 37), (37, 1), 5)):
+        found = torch.as_strided(weight, *looks)
+        assert type(found) is torch.Tensor and torch.equal(found, torch.as_strided(dense, *looks))
+
+
 def test_other_dtypes_and_devices():
     weight, _ = made()
     for cast in (weight.to(torch.bfloat16), weight.bfloat16(), weight.to("cpu", torch.bfloat16)):
