@@ -30,6 +30,13 @@ PER_THREAD = 8
 
 # The kernels' arguments carry no annotations: the compiler would look up their names.
 @triton.jit  # type: ignore[untyped-decorator]
+def _place(length):  # type: ignore[no-untyped-def]
+    """The program's token in all, its sequence and its place there, in 64 bits, divided in 32, which is cheaper."""
+    token = tl.program_id(0)
+    return token.to(tl.int64), (token // length).to(tl.int64), (token % length).to(tl.int64)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _halves(base, lane, R_HALF: tl.constexpr):  # type: ignore[no-untyped-def]
     inside = lane < R_HALF
     first = tl.load(base + lane, mask=inside, other=0.0).to(tl.float32)
@@ -70,8 +77,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    batch, place = token // length, token % length
+    _token, batch, place = _place(length)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
     lane = tl.arange(0, HALF)[None, :]
     mask = (head < COUNT) & (lane < R_HALF)
@@ -126,8 +132,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     REST: tl.constexpr,
     GEMMA: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    batch, place = token // length, token % length
+    token, batch, place = _place(length)
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
     head = heads[:, None]
     live = head < COUNT
@@ -190,8 +195,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     REST: tl.constexpr,
     GEMMA: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    batch, place = token // length, token % length
+    token, batch, place = _place(length)
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
     head = heads[:, None]
     live = head < COUNT
