@@ -1,0 +1,383 @@
+"""Products of a frozen weight in 8-bit floats, and what quantises their operands in the kernels before them.
+
+Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433 (e4m3: 3 bits of mantissa, largest value 448,
+steps of 2^-9 below 2^-6, no infinity).
+
+Symbols: x (M, K), W (N, K), g (M, N). Each row of an operand has one scale s, float32, which stands outside the sum:
+
+    s_i = max_j |x_ij| / 448 (1 for a row of zeros)      q_ij = e4m3(x_ij / s_i), to nearest even
+    y  = x W^T ~ s_i  s_n  (q q_W^T)_in          W by rows, a scale for each output
+    dx = g W   ~ s_i' s_k' (q_g q_WT^T)_ik       W^T by its rows, a scale for each input
+
+Both products run along the contiguous axis of both operands, which is what tensor cores take; hence two copies of W.
+x / s is computed as x (1 / s). The quotient cannot leave the range, so nothing needs clamping. A row with an infinity
+or a NaN has the scale NaN, and its row or column of a product is NaN throughout.
+
+Error to expect, for normal x and W: a value is off by 2.6 % of its size in the root mean square (1/16 at most, above
+2^-6 s), and an element of a product by 3.7 % of the product's root mean square, for any K. Scales and what is added
+are float32; how precisely the tensor cores sum is the library's affair, and far finer than that either way.
+
+Bytes through memory, a value of 16 bits, and at 3.0 TB/s:
+
+    quantize_rows                2 read, 1 written                      8192 x 4096     34 us
+    rms_norm_quantize            2 read, 3 written                      8192 x 4096     56 us, apart 78
+    gated_quantize               4 read, 1 written, 3 with act          8192 x 14336   196 us, 274 with act, apart 352
+    quantize_rows_and_columns    2 + 2 read, 2 written                  14336 x 4096   117 us
+    quantize_nf4                 0.5 + 0.5 read, 2 written              14336 x 4096    59 us
+    matmul_fp8                   M K + N K read, 2 M N written; 6 M N more for `accumulate`
+
+Plain functions for use inside autograd functions. CUDA tensors of at most 32 bits are quantised by `fp8_triton.py`
+where Triton is installed; the torch functions are its reference, to the bit, and the way everywhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Protocol, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltaw.core.errors import InputError
+from deltaw.kernels.gated import Activation, gated, gated_torch
+from deltaw.kernels.nf4 import NestedScales, dequantize_4bit
+from deltaw.kernels.norm import Style, check_like, check_norm, rms_norm, rms_norm_torch, triton_form, wide_dtype
+
+#: The largest e4m3 value.
+LARGEST = 448.0
+
+#: The smallest scale of a row that is not zero, the smallest normal float32: 1 / scale stays finite.
+SMALLEST_SCALE = 2.0**-126
+
+#: Whether tensor cores may sum a product with fewer bits than float32 has, which is faster on an H100.
+FAST_ACCUMULATION = False
+
+#: Columns and rows of the operands that the hardware's product takes come in multiples of this.
+_MULTIPLE = 16
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+#: q (rows), scale of each; of W also those of W^T.
+Rows = tuple[Tensor, Tensor]
+RowsAndColumns = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Packed4Bit(Protocol):
+    """A matrix in 4 bits as `quant/weight.py` holds it; the codebook comes beside it."""
+
+    @property
+    def codes(self) -> Tensor:
+        """(ceil(out in / 2),) uint8, row by row, the earlier value in the high half."""
+
+    @property
+    def scales(self) -> Tensor | NestedScales:
+        """Of each block."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @property
+    def block_size(self) -> int:
+        """Values that share a scale."""
+
+
+def quantize_rows(x: Tensor, *, out: Tensor | None = None) -> Rows:
+    """X as e4m3 with a scale for each row.
+
+    Args:
+        x: (M, K), any strides; rows of contiguous values are read as they lie.
+        out: storage for q, (M, K) float8_e4m3fn, contiguous. None makes it.
+
+    Returns:
+        q (M, K) float8_e4m3fn and scale (M,) float32, so that x ~ q scale.
+
+    Raises:
+        InputError: no floating matrix with columns; an `out` that does not fit.
+    """
+    _check_matrix("x", x)
+    if out is not None and (
+        out.shape != x.shape or out.dtype != torch.float8_e4m3fn or out.device != x.device or not out.is_contiguous()
+    ):
+        raise InputError(
+            f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}: expected float8_e4m3fn, contiguous, "
+            f"{tuple(x.shape)} on {x.device}"
+        )
+    kernels = triton_form(x, "fp8_triton")
+    form = quantize_rows_torch if kernels is None else kernels.quantize_rows
+    result: Rows = form(_rows_in_order(x), out=out)
+    return result
+
+
+def quantize_rows_torch(x: Tensor, *, out: Tensor | None = None) -> Rows:
+    """`quantize_rows` in torch on any device."""
+    wide = x.to(wide_dtype(x.dtype))
+    # Torch divides by a number as it multiplies with its inverse on CUDA and not on CPU; this is one product on both.
+    largest = wide.abs().amax(1)
+    scale = (largest * (1.0 / LARGEST)).float().clamp_(min=SMALLEST_SCALE).masked_fill_(largest == 0, 1.0)
+    scale.masked_fill_(~scale.isfinite(), float("nan"))
+    scaled = wide * (1.0 / scale.to(wide.dtype)).unsqueeze(1)
+    return scaled.to(torch.float8_e4m3fn) if out is None else out.copy_(scaled), scale
+
+
+def quantize_rows_and_columns(W: Tensor | Sequence[Tensor]) -> RowsAndColumns:
+    """W and W^T as e4m3, each with a scale for each of its rows.
+
+    Args:
+        W: (N, K), any strides; or several of one K, taken as one matrix, one below the other, so that linears which
+            share an input become one product.
+
+    Returns:
+        q (N, K), scales (N,); q of W^T (K, N), scales (K,); all contiguous.
+
+    Raises:
+        InputError: no floating matrices with rows and columns, or of different dtypes, devices or K.
+    """
+    parts = [W] if isinstance(W, Tensor) else list(W)
+    _check_parts(parts)
+    for part in parts:
+        _check_matrix("W", part)
+    kernels = triton_form(parts[0], "fp8_triton")
+    form = quantize_rows_and_columns_torch if kernels is None else kernels.quantize_rows_and_columns
+    result: RowsAndColumns = form([_rows_in_order(part) for part in parts])
+    return result
+
+
+def quantize_rows_and_columns_torch(parts: Sequence[Tensor]) -> RowsAndColumns:
+    """`quantize_rows_and_columns` of matrices one below the other, in torch on any device."""
+    W = torch.cat(list(parts))
+    return (*quantize_rows_torch(W), *quantize_rows_torch(W.t().contiguous()))
+
+
+def quantize_nf4(weight: Packed4Bit | Sequence[Packed4Bit], code: Tensor) -> RowsAndColumns:
+    """`quantize_rows_and_columns` of weights in 4 bits, whose float32 values exist in registers only.
+
+    Not rounded to 16 bits between. Where the number of columns is odd, or Triton absent, the values do pass through
+    memory.
+
+    Args:
+        weight: W (N, K), or several of one K.
+        code: (16,) float32, its codebook.
+
+    Raises:
+        InputError: no rows or columns, or different devices or K.
+    """
+    parts = list(weight) if isinstance(weight, Sequence) else [weight]
+    _check_parts(parts)
+    columns = parts[0].shape[1]
+    kernels = triton_form(code, "fp8_triton")
+    if kernels is None or columns % 2:
+        return quantize_rows_and_columns([_values(part, code) for part in parts])
+    given = [(part.codes, part.scales, part.shape[0], part.block_size) for part in parts]
+    result: RowsAndColumns = kernels.quantize_nf4(given, code, columns)
+    return result
+
+
+def _values(weight: Packed4Bit, code: Tensor) -> Tensor:
+    rows, columns = weight.shape
+    values = dequantize_4bit(
+        weight.codes,
+        code,
+        weight.scales,
+        start=0,
+        stop=rows * columns,
+        dtype=torch.float32,
+        block_size=weight.block_size,
+    )
+    return values.view(rows, columns)
+
+
+def gated_quantize(gate: Tensor, up: Tensor, *, activation: Activation, out: Tensor | None = None) -> Rows:
+    """`quantize_rows` of act = f(gate) up, as `gated.gated` rounds it, without a second pass over it.
+
+    Args:
+        gate: (M, N), rows contiguous, any stride between them.
+        up: like `gate`.
+        activation: f, as for `gated`.
+        out: storage for act, like `gate`, for who needs it in 16 bits too; may be `gate` or `up`. None: it is not kept.
+
+    Returns:
+        q (M, N) and scale (M,) of act.
+
+    Raises:
+        InputError: as for `gated`.
+    """
+    kernels = triton_form(gate, "fp8_triton")
+    if kernels is None or gate.shape[-1] > kernels.WHOLE_ROW:
+        return quantize_rows(gated(gate, up, activation=activation, out=out))
+    if activation not in get_args(Activation):
+        raise InputError(f"activation {activation!r}: expected one of {', '.join(get_args(Activation))}")
+    _check_matrix("gate", gate)
+    for name, tensor in (("gate", gate), ("up", up), ("out", out)):
+        if tensor is not None:
+            check_like(name, tensor, tuple(gate.shape), gate)
+    result: Rows = kernels.gated_quantize(gate, up, activation=activation, out=out)
+    return result
+
+
+def gated_quantize_torch(gate: Tensor, up: Tensor, *, activation: Activation, out: Tensor | None = None) -> Rows:
+    """`gated_quantize` in torch on any device."""
+    return quantize_rows_torch(gated_torch(gate, up, activation=activation, out=out))
+
+
+def rms_norm_quantize(x: Tensor, weight: Tensor, *, eps: float, style: Style = "llama") -> RowsAndColumns:
+    """`norm.rms_norm` and `quantize_rows` of its result y, in one pass over x.
+
+    Args:
+        x: (M, d), rows contiguous, any stride between them.
+        weight: (d,), any floating dtype.
+        eps: added to the mean square.
+        style: "llama" or "gemma".
+
+    Returns:
+        y (M, d) in x's dtype, rstd (M,), q (M, d) and scale (M,) of y.
+
+    Raises:
+        InputError: as for `rms_norm`.
+    """
+    kernels = triton_form(x, "fp8_triton")
+    if kernels is None or x.shape[-1] > kernels.WHOLE_ROW:
+        y, rstd = rms_norm(x, weight, eps=eps, style=style)
+        return (y, rstd, *quantize_rows(y))
+    check_norm(weight, x, style)
+    _check_matrix("x", x)
+    result: RowsAndColumns = kernels.rms_norm_quantize(_rows_in_order(x), weight, eps=eps, style=style)
+    return result
+
+
+def rms_norm_quantize_torch(x: Tensor, weight: Tensor, *, eps: float, style: Style = "llama") -> RowsAndColumns:
+    """`rms_norm_quantize` in torch on any device."""
+    y, rstd = rms_norm_torch(x, weight, eps=eps, style=style)
+    return (y, rstd, *quantize_rows_torch(y))
+
+
+def matmul_fp8(
+    q: Tensor,
+    scale: Tensor,
+    qW: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    accumulate: Tensor | None = None,
+    fast_accumulation: bool = FAST_ACCUMULATION,
+) -> Tensor:
+    """The product of what q and qW stand for: scale w_scale (q qW^T) + bias + accumulate.
+
+    In the hardware's 8-bit products for bfloat16 on CUDA devices of compute capability 8.9 and up, which want K and N
+    in multiples of 16: other operands are copied and padded. There the product with its bias is rounded before
+    `accumulate` is added; elsewhere all is rounded once, after a product of float32 copies.
+
+    Args:
+        q: (M, K) float8_e4m3fn.
+        scale: (M,) float32.
+        qW: (N, K) float8_e4m3fn: W's form by rows for x W^T, W^T's for g W.
+        w_scale: (N,) float32.
+        bias: (N,) or None.
+        out_dtype: of the result.
+        accumulate: (M, N), added to the result, or None; not written to.
+        fast_accumulation: whether the hardware may sum with fewer bits than float32 has.
+
+    Returns:
+        (M, N) in `out_dtype`.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit.
+    """
+    _check_product(q, scale, qW, w_scale, bias, accumulate)
+    if not (out_dtype == torch.bfloat16 and q.is_cuda and q.numel() and _has_products(q.device)):
+        return matmul_fp8_torch(q, scale, qW, w_scale, bias=bias, out_dtype=out_dtype, accumulate=accumulate)
+    rows, columns = qW.shape
+    more, wider = -rows % _MULTIPLE, -columns % _MULTIPLE
+    result = torch._scaled_mm(
+        _padded(q, 0, wider),
+        _padded(qW, more, wider).t(),
+        scale_a=scale.contiguous()[:, None],
+        # A padded output is a sum of zeros times this.
+        scale_b=F.pad(w_scale, (0, more), value=1.0).contiguous()[None, :],
+        bias=None if bias is None else F.pad(bias.to(out_dtype), (0, more)),
+        out_dtype=out_dtype,
+        use_fast_accum=fast_accumulation,
+    )
+    if more:
+        result = result[:, :rows].contiguous()
+    return result if accumulate is None else result.add_(accumulate)
+
+
+def matmul_fp8_torch(
+    q: Tensor,
+    scale: Tensor,
+    qW: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    accumulate: Tensor | None = None,
+) -> Tensor:
+    """`matmul_fp8` by a product of float32 copies, on any device."""
+    result = (q.float() @ qW.float().t()).mul_(scale[:, None]).mul_(w_scale)
+    for term in (bias, accumulate):
+        if term is not None:
+            result.add_(term)
+    return result.to(out_dtype)
+
+
+@functools.cache
+def _has_products(device: torch.device) -> bool:
+    # AMD's processors that multiply 8-bit floats have, up to MI300, another format of them.
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _padded(q: Tensor, rows: int, columns: int) -> Tensor:
+    """With rows and columns of zeros behind, row by row."""
+    q = q.contiguous()
+    return F.pad(q.view(torch.uint8), (0, columns, 0, rows)).view(q.dtype) if rows or columns else q
+
+
+def _rows_in_order(x: Tensor) -> Tensor:
+    """X, or a copy where the values of a row do not lie side by side."""
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _check_matrix(name: str, x: Tensor) -> None:
+    if x.dim() != 2 or x.shape[1] == 0 or x.dtype not in _DTYPES:
+        raise InputError(
+            f"{name} is {x.dtype} of shape {tuple(x.shape)}: expected a matrix with columns in bfloat16, float16, "
+            "float32 or float64"
+        )
+
+
+def _check_parts(parts: Sequence[Tensor] | Sequence[Packed4Bit]) -> None:
+    """That matrices can lie one below the other."""
+    shapes = [tuple(part.shape) for part in parts]
+    if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][-1] or 0 in shape for shape in shapes):
+        raise InputError(f"weights of shapes {shapes}: expected at least one, (rows, columns), all of the same columns")
+    tensors = [part if isinstance(part, Tensor) else part.codes for part in parts]
+    if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
+        found = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
+        raise InputError(f"weights are {found}: expected one dtype and one device, convert or move them")
+
+
+def _check_product(
+    q: Tensor, scale: Tensor, qW: Tensor, w_scale: Tensor, bias: Tensor | None, accumulate: Tensor | None
+) -> None:
+    fits = q.dim() == 2 == qW.dim() and q.shape[1] == qW.shape[1] and q.dtype == qW.dtype == torch.float8_e4m3fn
+    if not fits:
+        raise InputError(
+            f"operands are {q.dtype} {tuple(q.shape)} and {qW.dtype} {tuple(qW.shape)}: expected float8_e4m3fn, (M, K) "
+            "and (N, K)"
+        )
+    rows, columns = q.shape[0], qW.shape[0]
+    wanted = {
+        "scale": (scale, (rows,)),
+        "w_scale": (w_scale, (columns,)),
+        "bias": (bias, (columns,)),
+        "accumulate": (accumulate, (rows, columns)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and (tensor.shape != shape or (name.endswith("scale") and tensor.dtype != torch.float32)):
+            raise InputError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: expected "
+                f"{'float32' if name.endswith('scale') else 'floating values'}, {shape}"
+            )

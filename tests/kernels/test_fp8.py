@@ -1,0 +1,474 @@
+"""8-bit quantisation and products: torch against float64, the Triton kernels against torch, to the bit.
+
+The kernels run in Triton's interpreter, in a process of their own, or on a GPU.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deltaw.core.errors import InputError
+from deltaw.core.generators import generator
+from deltaw.kernels import fp8, gated, norm
+from deltaw.quant.codebooks import nf4_code
+from deltaw.quant.weight import NF4Weight
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: The interpreter rounds to bfloat16 wrongly, and so cannot be compared where a kernel does.
+ROUNDED_DTYPES = DTYPES[:2] if INTERPRETED else DTYPES
+#: Half the distance of two neighbouring values of each dtype, relative.
+ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+SHAPES = [(1, 1), (3, 17), (33, 64), (70, 200)]
+#: The interpreter takes a millisecond and more for each operation of each program.
+KERNEL_SHAPES = [(1, 1), (5, 40)] if INTERPRETED else [*SHAPES, (300, 1000)]
+TILED_SHAPES = [(1, 1), (35, 70)] if INTERPRETED else [*SHAPES, (300, 1000)]
+#: Of 4-bit weights: blocks straddle rows, share rows, and one has an odd row.
+NF4_SHAPES = [(5, 10), (40, 64), (33, 96), (17, 576), (9, 33)]
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_kernels = [
+    needs_triton,
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA device"),
+    # What numpy says of infinities and NaN in the interpreter.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+]
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+
+
+def kernels(function):
+    for mark in needs_kernels:
+        function = mark(function)
+    return function
+
+
+def on_gpu(function):
+    for mark in (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")):
+        function = mark(function)
+    return function
+
+
+def matrix(shape, dtype=torch.float32, *, seed="x", device="cpu"):
+    """Normal values over a few powers of ten, by row, with a row of zeros where there are several."""
+    x = torch.randn(shape, generator=generator(0, seed)) * 10.0 ** (torch.arange(shape[0]) % 5 - 2).unsqueeze(1)
+    if shape[0] > 2:
+        x[1] = 0
+    return x.to(dtype).to(device)
+
+
+def awkward(dtype, device="cpu"):
+    """Rows of every kind of trouble, the last four with infinities or NaN."""
+    x = torch.randn(12, 50, generator=generator(1, "awkward"))
+    x[0] = 0
+    x[1] = -0.0
+    x[2] *= 1e-42
+    x[3] = x[3] * 1e-42 * (torch.arange(50) == 7)
+    x[4] *= torch.finfo(dtype).max / x[4].abs().max()
+    x[5] = torch.linspace(-1, 1, 50)
+    x[6] *= 10.0 ** -torch.arange(50).div(5)
+    x[7] = 3.0
+    x[8, 3] = float("inf")
+    x[9, 49] = -float("inf")
+    x[10, 0] = float("nan")
+    x[11, 1:3] = torch.tensor([float("nan"), float("inf")])
+    return x.to(dtype).to(device)
+
+
+def assert_same(got, wanted):
+    """Bits of 8-bit floats and of float32, a NaN being as good as another."""
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.is_contiguous()
+        a, b = a.float(), b.float()
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.nan_to_num(0.0).view(torch.int32), b.nan_to_num(0.0).view(torch.int32))
+
+
+def nearest_e4m3(values):
+    """The nearest of all finite e4m3 values, at a middle the one with an even code: (n,) float64 to float64."""
+    codes = torch.arange(0x7F, dtype=torch.uint8)
+    table = codes.view(torch.float8_e4m3fn).double()
+    middles = (table[:-1] + table[1:]) / 2
+    size = values.abs()
+    # The first middle not below it, so that a middle goes down; up again where the lower code is odd.
+    at = torch.searchsorted(middles, size)
+    tie = (at < len(middles)) & (size == middles[at.clamp(max=len(middles) - 1)])
+    return table[at + (tie & (at % 2 == 1))] * torch.where(values.signbit(), -1.0, 1.0)
+
+
+def stand_for(q, scale):
+    return q.double() * scale.double().unsqueeze(1)
+
+
+def rounding(exact, dtype):
+    """What rounding to a dtype may change, a little more."""
+    smallest = torch.finfo(dtype).smallest_normal * ROUNDING[dtype]
+    return 1.02 * (exact.abs() * ROUNDING[dtype]).clamp(min=smallest)
+
+
+def step(exact, scale):
+    """Half of what neighbouring 8-bit values differ by at most, for values in units of scale."""
+    return (exact.abs() / 16).clamp(min=2.0**-10 * scale.double().unsqueeze(1))
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_kernels_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", "test_kernel_"]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_take_the_nearest_codes(shape, dtype):
+    x = matrix(shape, dtype)
+    q, scale = fp8.quantize_rows(x)
+    assert q.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
+    largest = x.double().abs().amax(1)
+    torch.testing.assert_close(scale.double(), torch.where(largest == 0, 1.0, largest / 448), rtol=2e-7, atol=0)
+    wide = norm.wide_dtype(dtype)
+    scaled = x.to(wide) * (1 / scale.to(wide)).unsqueeze(1)
+    assert torch.equal(q.double(), nearest_e4m3(scaled.double().flatten()).view(shape))
+    assert (q.double().abs().amax(1) == torch.where(largest == 0, 0.0, 448.0)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_every_kind(dtype):
+    x = awkward(dtype)
+    q, scale = fp8.quantize_rows(x)
+    assert scale[8:].isnan().all() and q[8:].double().isnan().all()
+    good = slice(None, 8)
+    exact = x[good].double()
+    assert torch.isfinite(scale[good]).all() and (scale[:2] == 1).all() and (q[:2].float() == 0).all()
+    assert ((stand_for(q[good], scale[good]) - exact).abs() <= 1.000001 * step(exact, scale[good])).all()
+
+
+def test_rows_by_strides_and_into_storage():
+    x = matrix((40, 33))
+    assert_same(fp8.quantize_rows(x.t()), fp8.quantize_rows(x.t().contiguous()))
+    assert_same(fp8.quantize_rows(x[:, 4:20]), fp8.quantize_rows(x[:, 4:20].contiguous()))
+    out = torch.empty(40, 33, dtype=torch.float8_e4m3fn)
+    q, scale = fp8.quantize_rows(x, out=out)
+    assert q is out
+    assert_same((q, scale), fp8.quantize_rows(x))
+    q, scale = fp8.quantize_rows(x[:0])
+    assert q.shape == (0, 33) and scale.shape == (0,)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_columns_are_the_rows_of_the_transpose(shape):
+    W = matrix(shape)
+    q, row_scale, qT, column_scale = fp8.quantize_rows_and_columns(W)
+    assert_same((q, row_scale), fp8.quantize_rows(W))
+    assert_same((qT, column_scale), fp8.quantize_rows(W.t()))
+    more = matrix((7, shape[1]), seed="more")
+    assert_same(fp8.quantize_rows_and_columns([W, more]), fp8.quantize_rows_and_columns(torch.cat([W, more])))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", NF4_SHAPES)
+def test_four_bits_become_eight(shape, double_quant):
+    weight = NF4Weight.quantize(matrix(shape), double_quant=double_quant, dtype=torch.bfloat16)
+    exact = weight.dequantize(dtype=torch.float32)
+    got = fp8.quantize_nf4(weight, nf4_code())
+    assert_same(got, fp8.quantize_rows_and_columns(exact))
+    assert_same(fp8.quantize_nf4([weight, weight], nf4_code()), fp8.quantize_rows_and_columns([exact, exact]))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+def test_gated_values_quantised(activation, dtype):
+    both = matrix((9, 66), dtype)
+    gate, up = both[:, :33], both[:, 33:]
+    out = torch.empty(9, 33, dtype=dtype)
+    q, scale = fp8.gated_quantize(gate, up, activation=activation, out=out)
+    assert_same((q, scale), fp8.quantize_rows(out))
+    assert_same((q, scale), fp8.gated_quantize(gate, up, activation=activation))
+    exact = gated.gated_torch(gate.double(), up.double(), activation=activation)
+    # The normal distribution's far end is a small difference.
+    allowed = rounding(exact, dtype) + (gate.double() * up.double()).abs() * 1e-6
+    assert ((out.double() - exact).abs() <= allowed).all()
+    assert ((stand_for(q, scale) - exact).abs() <= allowed * 1.1 + step(exact, scale) * 1.1).all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("style", ["llama", "gemma"])
+def test_normalised_values_quantised(style, dtype):
+    x, weight = matrix((9, 33), dtype), torch.randn(33, generator=generator(0, "weight")).to(dtype)
+    y, rstd, q, scale = fp8.rms_norm_quantize(x, weight, eps=1e-5, style=style)
+    wanted_y, wanted_rstd = norm.rms_norm(x, weight, eps=1e-5, style=style)
+    assert torch.equal(y, wanted_y) and torch.equal(rstd, wanted_rstd)
+    assert_same((q, scale), fp8.quantize_rows(y))
+
+
+def test_the_error_is_what_the_header_says():
+    """Root mean squares of the relative error of values, and of a product's error relative to the product's."""
+    x, W = (torch.randn(n, 768, generator=generator(0, n), dtype=torch.float64) for n in (384, 512))
+    q, scale = fp8.quantize_rows(x)
+    qW, w_scale = fp8.quantize_rows(W)
+    error = stand_for(q, scale) - x
+    plain = q.double().abs() >= 2.0**-6
+    assert (error / x)[plain].square().mean().sqrt().item() == pytest.approx(0.026, abs=0.0005)
+    assert (error / x)[plain].abs().max() <= 1 / 16 * 1.00001
+    got = fp8.matmul_fp8(q, scale, qW, w_scale, out_dtype=torch.float32)
+    wanted = x @ W.t()
+    assert ((got - wanted).square().mean() / wanted.square().mean()).sqrt().item() == pytest.approx(0.037, abs=0.0005)
+
+
+def operands(m, n, k, device="cpu"):
+    # Sums stay below float16's largest.
+    q, scale = fp8.quantize_rows(matrix((m, k), device=device) / 64)
+    qW, w_scale = fp8.quantize_rows(matrix((n, k), seed="W", device=device) / 64)
+    return q, scale, qW, w_scale
+
+
+def check_product(m, n, k, device, dtype, *, fast=False):
+    """Every form of the product against float64, with an allowance for the roundings of each step."""
+    q, scale, qW, w_scale = operands(m, n, k, device)
+    terms = {
+        "bias": torch.randn(n, generator=generator(0, "bias")).to(device, dtype),
+        "accumulate": torch.randn(m, n, generator=generator(0, "sum")).to(device, dtype),
+    }
+    a, b = stand_for(q, scale), stand_for(qW, w_scale)
+    sizes = a.abs() @ b.abs().t()
+    kept = terms["accumulate"].clone()
+    # The tensor cores' sums have some 13 bits, those of short stretches are added in float32 unless it is to be fast.
+    precision = 2.0**-20 if device == "cpu" else 2.0**-9 if fast else 2.0**-11
+    for names in ((), ("bias",), ("accumulate",), ("bias", "accumulate")):
+        chosen = {name: terms[name] for name in names}
+        got = fp8.matmul_fp8(q, scale, qW, w_scale, out_dtype=dtype, fast_accumulation=fast, **chosen)
+        wanted = a @ b.t() + sum(term.double() for term in chosen.values())
+        before = (a @ b.t() + terms["bias"].double() * ("bias" in names)).abs()
+        allowed = sizes * precision + rounding(wanted, dtype) + rounding(before, dtype)
+        assert got.dtype == dtype and got.is_contiguous() and got.shape == (m, n)
+        assert ((got.double() - wanted).abs() <= allowed).all()
+    assert torch.equal(terms["accumulate"], kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (5, 7, 33), (64, 96, 160)])
+def test_products(m, n, k, dtype):
+    check_product(m, n, k, "cpu", dtype)
+
+
+def check_broken_rows(device):
+    x = awkward(torch.float32, device)
+    x[4] = 4.0
+    q, scale = fp8.quantize_rows(x)
+    # A column of zeros: nothing may hide behind a product with 0.
+    W = matrix((16, 50), device=device).index_fill(1, torch.tensor([0, 1, 2, 3, 49], device=device), 0.0)
+    product = fp8.matmul_fp8(q, scale, *fp8.quantize_rows(W))
+    assert product[8:].isnan().all() and product[:8].isfinite().all() and (product[:2] == 0).all()
+    product = fp8.matmul_fp8(*fp8.quantize_rows(W), q, scale)
+    assert product[:, 8:].isnan().all() and product[:, :8].isfinite().all()
+
+
+def test_infinities_and_nan_stay_visible():
+    check_broken_rows("cpu")
+
+
+def test_input_errors():
+    x = matrix((4, 32))
+    with pytest.raises(InputError, match=r"x is torch.int64 of shape \(4, 32\): expected a matrix"):
+        fp8.quantize_rows(x.long())
+    with pytest.raises(InputError, match="expected a matrix with columns"):
+        fp8.quantize_rows(x[:, :0])
+    with pytest.raises(InputError, match=r"out is torch\.float32"):
+        fp8.quantize_rows(x, out=x)
+    with pytest.raises(InputError, match="all of the same columns"):
+        fp8.quantize_rows_and_columns([x, x[:, 1:]])
+    with pytest.raises(InputError, match="at least one"):
+        fp8.quantize_nf4([], nf4_code())
+    with pytest.raises(InputError, match="one dtype and one device"):
+        fp8.quantize_rows_and_columns([x, x.double()])
+    q, scale = fp8.quantize_rows(x)
+    with pytest.raises(InputError, match=r"operands are torch\.float8_e4m3fn"):
+        fp8.matmul_fp8(q, scale, x, scale)
+    with pytest.raises(InputError, match=r"w_scale is torch.float64 of shape \(4,\)"):
+        fp8.matmul_fp8(q, scale, q, scale.double())
+    with pytest.raises(InputError, match=r"accumulate is .* expected floating values, \(4, 4\)"):
+        fp8.matmul_fp8(q, scale, q, scale, accumulate=x)
+
+
+@pytest.fixture(params=["portable"] if INTERPRETED else ["portable", "native"])
+def conversion(request, monkeypatch):
+    """The module, converting by integers, which is the interpreter's only way, and by the processor."""
+    from deltaw.kernels import fp8_triton
+
+    if request.param == "portable":
+        monkeypatch.setattr(fp8_triton, "_native", lambda tensor: False)
+    return fp8_triton
+
+
+def framed(shape, dtype, device):
+    """Storage whose surroundings show what writes outside: the frame, and the part to write to."""
+    frame = torch.full((shape[0] + 2, shape[1] + 16), 9.0, dtype=dtype, device=device)
+    return frame, frame[1:-1, 8:-8]
+
+
+def intact(frame):
+    edge = frame.clone()
+    edge[1:-1, 8:-8] = 9.0
+    return bool((edge == 9.0).all())
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [None, 16])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_kernel_for_rows(conversion, shape, block, dtype):
+    x = matrix((shape[0], shape[1] + 3), dtype, device=DEVICE)[:, 1:-2]
+    assert_same(conversion.quantize_rows(x, block=block), fp8.quantize_rows_torch(x))
+    out = torch.zeros(shape, dtype=torch.float8_e4m3fn, device=DEVICE)
+    assert conversion.quantize_rows(x, out=out, block=block)[0] is out
+    assert torch.equal(out.view(torch.uint8), fp8.quantize_rows_torch(x)[0].view(torch.uint8))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [None, 16])
+def test_kernel_for_rows_of_every_kind(conversion, block, dtype):
+    x = awkward(dtype, DEVICE)
+    assert_same(conversion.quantize_rows(x, block=block), fp8.quantize_rows_torch(x))
+
+
+@kernels
+def test_kernel_rounds_like_torch(conversion):
+    """Every bfloat16 number that scaling can make, and every float32 next to a middle of two codes."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    table = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (table[1:] + table[:-1]) / 2
+    near = torch.cat([middles, middles.nextafter(middles * 2), middles.nextafter(middles * 0)])
+    x = torch.cat([bits[bits.abs() <= 448], near, -near, torch.tensor([448.0])]).unsqueeze(0).to(DEVICE)
+    q, scale = conversion.quantize_rows(x)
+    assert scale.item() == 1.0
+    assert torch.equal(q.view(torch.uint8), x.to(torch.float8_e4m3fn).view(torch.uint8))
+    assert torch.equal(q.cpu().double().flatten(), nearest_e4m3(x.cpu().double().flatten()))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", TILED_SHAPES)
+def test_kernel_for_rows_and_columns(conversion, shape, dtype):
+    W = matrix((shape[0], shape[1] + 3), dtype, device=DEVICE)[:, 1:-2]
+    wanted = fp8.quantize_rows_and_columns_torch([W])
+    assert_same(conversion.quantize_rows_and_columns([W]), wanted)
+    assert_same(conversion.quantize_rows_and_columns([W], absmax_tile=(16, 32), tile=(32, 16)), wanted)
+    parts = [W, matrix((7, shape[1]), dtype, seed="more", device=DEVICE), W[:1]]
+    assert_same(conversion.quantize_rows_and_columns(parts), fp8.quantize_rows_and_columns_torch(parts))
+
+
+@kernels
+def test_kernel_for_columns_shows_nan(conversion):
+    W = awkward(torch.float32, DEVICE)
+    assert_same(conversion.quantize_rows_and_columns([W]), fp8.quantize_rows_and_columns_torch([W]))
+
+
+@kernels
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(5, 10), (9, 96)] if INTERPRETED else NF4_SHAPES[:-1])
+def test_kernel_for_four_bits(conversion, shape, double_quant, block_size):
+    code = nf4_code(torch.device(DEVICE))
+    weights = [
+        NF4Weight.quantize(matrix((rows, shape[1])), double_quant=double_quant, block_size=block_size).to(DEVICE)
+        for rows in (shape[0], 3)
+    ]
+    wanted = fp8.quantize_rows_and_columns_torch([weight.dequantize(dtype=torch.float32) for weight in weights])
+    parts = [(weight.codes, weight.scales, weight.shape[0], block_size) for weight in weights]
+    assert_same(conversion.quantize_nf4(parts, code, shape[1]), wanted)
+    assert_same(conversion.quantize_nf4(parts, code, shape[1], absmax_tile=(16, 16), tile=(16, 32)), wanted)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", ROUNDED_DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_kernel_for_gated_values(conversion, shape, activation, dtype):
+    # Small enough that numpy's exp does not overflow in the interpreter.
+    both = matrix((shape[0], 2 * shape[1]), dtype, device=DEVICE).clamp(-80, 80)
+    gate, up = both[:, : shape[1]], both[:, shape[1] :]
+    frame, act = framed(shape, dtype, DEVICE)
+    got = conversion.gated_quantize(gate, up, activation=activation, out=act)
+    assert intact(frame)
+    assert_same(got, fp8.quantize_rows_torch(act))
+    assert_same(conversion.gated_quantize(gate, up, activation=activation), got)
+    exact = gated.gated_torch(gate.double(), up.double(), activation=activation)
+    allowed = rounding(exact, dtype) + (gate.double() * up.double()).abs() * 2e-6
+    assert ((act.double() - exact).abs() <= allowed).all()
+
+
+@kernels
+@pytest.mark.parametrize("dtype", ROUNDED_DTYPES)
+@pytest.mark.parametrize("style", ["llama", "gemma"])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_kernel_for_normalised_values(conversion, shape, style, dtype):
+    x = matrix((shape[0], shape[1] + 3), dtype, device=DEVICE)[:, 1:-2]
+    weight = torch.randn(shape[1], generator=generator(0, "weight")).to(DEVICE, dtype)
+    y, rstd, q, scale = conversion.rms_norm_quantize(x, weight, eps=1e-5, style=style)
+    assert_same((q, scale), fp8.quantize_rows_torch(y))
+    wanted_y, wanted_rstd = norm.rms_norm_torch(x.double(), weight.double(), eps=1e-5, style=style)
+    torch.testing.assert_close(rstd.double(), wanted_rstd, rtol=1e-6, atol=0)
+    # Two roundings for "llama".
+    torch.testing.assert_close(y.double(), wanted_y, rtol=max(2.1 * ROUNDING[dtype], 2e-6), atol=1e-7)
+
+
+@on_gpu
+@needs_triton
+def test_what_is_dispatched_to_kernels():
+    x, weight = matrix((70, 20001), torch.bfloat16, device="cuda"), torch.ones(20001, device="cuda")
+    assert_same(fp8.quantize_rows(x), fp8.quantize_rows_torch(x))
+    assert_same(fp8.quantize_rows_and_columns(x), fp8.quantize_rows_and_columns_torch([x]))
+    for columns in (20001, 14336):
+        part = x[:, :columns]
+        y, _, q, scale = fp8.rms_norm_quantize(part, weight[:columns], eps=1e-5)
+        assert_same((q, scale), fp8.quantize_rows_torch(y))
+        out = torch.empty_like(y)
+        assert_same(fp8.gated_quantize(part, part, activation="silu", out=out), fp8.quantize_rows_torch(out))
+    for shape in (*NF4_SHAPES, (4096, 14336)):
+        packed = NF4Weight.quantize(matrix(shape)).to("cuda")
+        wanted = fp8.quantize_rows_and_columns_torch([packed.dequantize(dtype=torch.float32)])
+        assert_same(fp8.quantize_nf4(packed, nf4_code(packed.device)), wanted)
+
+
+@on_gpu
+@needs_triton
+def test_beyond_two_to_the_31_values():
+    rows, columns = (1 << 19) + 77, 4096 + 16
+    x = matrix((1009, columns), torch.bfloat16, device="cuda").repeat(-(-rows // 1009), 1)[:rows]
+    q, scale = fp8.quantize_rows(x)
+    by_rows, row_scale, qT, column_scale = fp8.quantize_rows_and_columns(x)
+    assert torch.equal(by_rows.view(torch.uint8), q.view(torch.uint8)) and torch.equal(row_scale, scale)
+    # The rows repeat, so the whole matrix' columns have the scales of one period.
+    wanted, wanted_scale = fp8.quantize_rows_torch(x[:1009].t())
+    assert torch.equal(column_scale, wanted_scale)
+    period = fp8.quantize_rows_torch(x[:1009])
+    for start in (0, 1009 * 500, 1009 * 517, 1009 * (rows // 1009)):
+        part = slice(start, start + 1009)
+        count = len(scale[part])
+        assert_same((q[part], scale[part]), [t[:count] for t in period])
+        assert torch.equal(qT[:, part].contiguous().view(torch.uint8), wanted[:, :count].contiguous().view(torch.uint8))
+
+
+@on_gpu
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 1), (5, 7, 33), (64, 96, 160), (1000, 576, 1536), (333, 500, 250), (2048, 6144, 4096)]
+)
+def test_products_on_the_gpu(m, n, k, dtype, fast):
+    check_product(m, n, k, "cuda", dtype, fast=fast)
+
+
+@on_gpu
+def test_infinities_and_nan_stay_visible_on_the_gpu():
+    check_broken_rows("cuda")
