@@ -11,6 +11,8 @@ Symbols, N tokens, vocabulary V: h (N, d), W (V, d), b (V,), y (N,) targets, s t
 Measured on two Zen 4 cores, forward and backward with W frozen, 1,024 tokens, d 576, V 49,152, medians of nine
 interleaved runs against `F.linear`, a cast to float32 and `F.cross_entropy`: 0.80 s to 0.91 s in float32, 0.38 s to
 0.64 s in bfloat16. The two products alone, which nothing here can save, take 0.72 s and 0.30 s.
+
+CUDA tensors of at most 32 bits go to `cross_entropy_triton.py` between the products, where Triton is installed.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.core.errors import InputError
+from deltaw.kernels.norm import triton_form
 
 #: Logits of one chunk, that is of one product. Chunks that fit the last-level cache lose more in the products than they
 #: save: with whole chunks in the softmax and a busier machine, 32, 64, 128, 256 and 512 tokens took 1.95, 1.47, 1.34,
@@ -31,6 +34,10 @@ CHUNK_LOGITS = 1 << 25
 #: Logits that softmax takes at a time on CPU, as float32 in the cache: 0.89 s instead of 1.07 s for whole chunks in
 #: bfloat16, on the busier machine, no proven difference in float32. Softmaxes that read bfloat16 were not faster.
 BLOCK_LOGITS = 1 << 22
+
+#: Bytes of a chunk where the Triton kernel works on it in place: 2,048 tokens of a vocabulary of 128,256 in 16 bits,
+#: enough rows for products at full speed.
+CHUNK_BYTES_CUDA = 1 << 29
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -51,16 +58,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = weight.new_zeros(weight.shape, dtype=wide) if wanted[1] else None
         grad_bias = weight.new_zeros(weight.shape[0], dtype=wide) if wanted[2] else None
         buffer = hidden.new_empty(chunk, weight.shape[0])
+        kernels = triton_form(hidden, "cross_entropy_triton")
         block = max(1, min(chunk, BLOCK_LOGITS // weight.shape[0])) if hidden.is_cpu else chunk
-        scratch = None if hidden.dtype == wide else hidden.new_empty(block, weight.shape[0], dtype=wide)
+        in_place = hidden.dtype == wide or kernels is not None
+        scratch = None if in_place else hidden.new_empty(block, weight.shape[0], dtype=wide)
         total = hidden.new_zeros((), dtype=wide)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             x, target = hidden[rows], targets[rows, None]
             grad = buffer[: len(x)]
             torch.mm(x, weight.t(), out=grad)
-            for part, part_target in zip(grad.split(block), target.split(block), strict=True):
-                total += _loss_and_gradient(part, scratch, part_target, bias, softcap, scale, any(wanted))
+            if kernels is not None:
+                total += kernels.loss_and_gradient(grad, target, bias, softcap, scale, any(wanted))
+            else:
+                for part, part_target in zip(grad.split(block), target.split(block), strict=True):
+                    total += _loss_and_gradient(part, scratch, part_target, bias, softcap, scale, any(wanted))
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -126,6 +138,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     chunk_tokens: int | None = None,
+    chunk_bytes: int | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     reduction: Literal["sum", "mean"] = "sum",
@@ -136,15 +149,17 @@ def linear_cross_entropy(
     Products run in the inputs' dtype (autocast's where it is on); softmax, the loss and sums over chunks in float32, or
     in float64 for float64 inputs. Gradients are made in the forward pass, for those inputs only that want them, so what
     is kept for the backward pass is as large as `hidden` (and as `weight` in float32 where it is trained). Extra
-    memory: a chunk of logits and at most two float32 blocks of `BLOCK_LOGITS` on CPU, up to four chunks elsewhere.
-    Differentiable once.
+    memory: a chunk of logits, on CPU at most two float32 blocks of `BLOCK_LOGITS` beside it, on CUDA with Triton
+    nothing, elsewhere up to three more chunks. Differentiable once.
 
     Args:
         hidden: (tokens, d).
         weight: (vocab, d), `hidden`'s dtype.
         targets: (tokens,), integers from 0 to vocab - 1, or `ignore_index`.
         bias: (vocab,) or None.
-        chunk_tokens: tokens of one chunk; None takes as many as make `CHUNK_LOGITS` logits.
+        chunk_tokens: most tokens of one chunk; None takes as many as make `CHUNK_LOGITS` logits, with Triton on CUDA
+            `CHUNK_BYTES_CUDA` bytes of them.
+        chunk_bytes: most bytes of a chunk's logits, but for a single token's; None sets no such bound.
         softcap: c of c tanh(logits / c), or None.
         logit_scale: multiplies the logits before the cap.
         reduction: "sum" over the targets, or "mean" over those that are not ignored.
@@ -155,10 +170,10 @@ def linear_cross_entropy(
         reductions, with zero gradients, where `F.cross_entropy`'s mean is NaN.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, a target outside the vocabulary (looked for on CPU only), an
-            unknown reduction.
+        InputError: shapes or dtypes that do not fit, a target outside the vocabulary (on CPU; the Triton kernel makes
+            the loss NaN), an unknown reduction.
     """
-    _check(hidden, weight, targets, bias, chunk_tokens, reduction)
+    _check(hidden, weight, targets, bias, chunk_tokens, chunk_bytes, reduction)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -172,7 +187,10 @@ def linear_cross_entropy(
             f"targets go from {int(targets.min())} to {int(targets.max())}: expected 0 to {vocab - 1}, the head's "
             f"vocabulary, or {ignore_index} for no loss"
         )
-    limit = chunk_tokens or max(1, CHUNK_LOGITS // vocab)
+    row_bytes = vocab * hidden.itemsize
+    on_device = triton_form(hidden, "cross_entropy_triton") is not None
+    limit = chunk_tokens or (CHUNK_BYTES_CUDA // row_bytes if on_device else CHUNK_LOGITS // vocab)
+    limit = max(1, limit if chunk_bytes is None else min(limit, chunk_bytes // row_bytes))
     # Chunks of equal size: a small rest costs nearly as much time as a full chunk.
     chunk = max(1, -(-count // max(1, -(-count // limit))))
     graph = torch.is_grad_enabled()
@@ -182,7 +200,13 @@ def linear_cross_entropy(
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk_tokens: int | None, reduction: str
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    chunk_tokens: int | None,
+    chunk_bytes: int | None,
+    reduction: str,
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise InputError(
@@ -196,7 +220,8 @@ def _check(
         raise InputError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise InputError(f"hidden is {hidden.dtype} and weight {weight.dtype}: expected one dtype for both, cast one")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise InputError(f"chunk_tokens={chunk_tokens}: expected at least 1, or None")
+    for name, value in {"chunk_tokens": chunk_tokens, "chunk_bytes": chunk_bytes}.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value}: expected at least 1, or None")
     if reduction not in ("sum", "mean"):
         raise InputError(f"reduction {reduction!r}: expected 'sum' or 'mean'")

@@ -1,0 +1,254 @@
+"""The gated activation of a decoder's MLP, its gradient in place, and the low-rank sums that read the same tensors.
+
+Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, equation 6; Hu et al., "LoRA", arXiv 2106.09685, eq. 3.
+
+Symbols, M tokens, N columns: z_gate, z_up, g = dL/dact (M, N); c_gate, c_up (N,), DoRA's factors, absent for 1.
+
+    x = c_gate z_gate      u = c_up z_up      f(x) = x P(x)      act = f(x) u
+    dx = g u f'(x)         du = g f(x)        f'(x) = P + x P'
+    dL/dz = c dx, c du     dc = sums of dx z_gate, du z_up over tokens
+
+    P    silu: s(x), the sigmoid      gelu_tanh: s(2 a (x + 0.044715 x^3)), a = sqrt(2 / pi)      gelu: the normal cdf
+
+With the adapters of rank r on gate, up and down, h = x A^T and k as in `lora_linear.py`:
+
+    k_gate = scale_gate dz_gate B_gate      dB_gate = scale_gate dz_gate^T h_gate      (up likewise)
+    dA_down = k_down^T act
+
+Arithmetic is float32 (float64 for float64 inputs), rounded once; the sums read dz and act as rounded, so they are
+those of separate functions. Plain functions for use inside autograd functions. CUDA tensors of at most 32 bits go to
+`gated_triton.py` where Triton is installed; the torch functions are its reference and the way everywhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from deltaw.core.errors import InputError
+from deltaw.kernels.low_rank import outer_sum, project_and_sum
+from deltaw.kernels.norm import triton_form, wide_dtype
+
+#: f; "gelu_tanh" is transformers' "gelu_pytorch_tanh", "gelu" the one by the error function.
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+Factors = tuple[Tensor, Tensor]
+
+#: Largest rank of the kernel that makes the low-rank sums along with the gradient, by bytes of a value.
+LARGEST_RANK = {2: 64, 4: 16}
+#: Values that the torch form makes wide at a time.
+_ELEMENTS = 1 << 18
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def gated(
+    gate: Tensor, up: Tensor, *, activation: Activation, factors: Factors | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Act = f(c_gate gate) c_up up.
+
+    Args:
+        gate: (M, N), rows contiguous, any stride between them: a half of an (M, 2N) buffer is one.
+        up: like `gate`.
+        activation: f.
+        factors: c_gate and c_up, (N,) each, any floating dtype; None stands for 1.
+        out: storage for act, like `gate`; may be `gate` or `up`. None makes it.
+
+    Returns:
+        (M, N) in gate's dtype.
+
+    Raises:
+        InputError: shapes, dtypes, devices or strides that do not fit; an unknown activation.
+    """
+    _check(gate, activation, factors, up=up, out=out)
+    if out is None:
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    kernels = triton_form(gate, "gated_triton")
+    form = gated_torch if kernels is None else kernels.gated
+    result: Tensor = form(gate, up, activation=activation, factors=factors, out=out)
+    return result
+
+
+def gated_torch(
+    gate: Tensor, up: Tensor, *, activation: Activation, factors: Factors | None = None, out: Tensor | None = None
+) -> Tensor:
+    """`gated` in torch on any device."""
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+    c_gate, c_up = _wide_factors(factors, gate)
+    for rows in _blocks(gate):
+        x, u = (t[rows].to(wide_dtype(t.dtype)) * c for t, c in ((gate, c_gate), (up, c_up)))
+        P, _ = _curve(x, activation)
+        out[rows] = P.mul_(x).mul_(u)
+    return out
+
+
+def gated_backward(
+    g: Tensor, gate: Tensor, up: Tensor, *, activation: Activation, factors: Factors | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """The gradient of `gated`, in place: gate <- dL/dgate, up <- dL/dup, g <- act, the forward pass's value again.
+
+    Args:
+        g: (M, N), dL/dact, rows contiguous, any stride between them.
+        gate: like g.
+        up: like g.
+        activation: f.
+        factors: c_gate and c_up, (N,) each, any floating dtype; None stands for 1.
+
+    Returns:
+        With factors, their gradients (N,), float32 (float64 for float64); else None.
+
+    Raises:
+        InputError: as for `gated`.
+    """
+    _check(g, activation, factors, gate=gate, up=up)
+    kernels = triton_form(g, "gated_triton")
+    form = gated_backward_torch if kernels is None else kernels.gated_backward
+    result: tuple[Tensor, Tensor] | None = form(g, gate, up, activation=activation, factors=factors)
+    return result
+
+
+def gated_backward_torch(
+    g: Tensor, gate: Tensor, up: Tensor, *, activation: Activation, factors: Factors | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """`gated_backward` in torch on any device."""
+    wide = wide_dtype(g.dtype)
+    c_gate, c_up = _wide_factors(factors, g)
+    sums = torch.zeros(2, g.shape[1], dtype=wide, device=g.device)
+    for rows in _blocks(g):
+        grad, z_gate, z_up = (t[rows].to(wide) for t in (g, gate, up))
+        x, u = z_gate * c_gate, z_up * c_up
+        P, slope = _curve(x, activation)
+        f = P * x
+        du, dx = grad * f, slope.add_(P).mul_(grad).mul_(u)
+        if factors is not None:
+            sums[0] += (dx * z_gate).sum(0)
+            sums[1] += (du * z_up).sum(0)
+        g[rows], gate[rows], up[rows] = f * u, dx * c_gate, du * c_up
+    return None if factors is None else (sums[0], sums[1])
+
+
+def gated_backward_low_rank(
+    g: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    *,
+    B_gate: Tensor,
+    B_up: Tensor,
+    h_gate: Tensor,
+    h_up: Tensor,
+    k_down: Tensor,
+    scale_gate: float,
+    scale_up: float,
+    activation: Activation,
+    factors: Factors | None = None,
+    write_act: bool = False,
+) -> tuple[Tensor, ...]:
+    """`gated_backward` and the low-rank gradients around it, with one read of g, gate and up on CUDA.
+
+    Args:
+        g: (M, N), dL/dact, rows contiguous, any stride between them. Afterwards act where `write_act`, else undefined.
+        gate: like g; becomes dL/dgate.
+        up: like g; becomes dL/dup.
+        B_gate: (N, r).
+        B_up: (N, r).
+        h_gate: (M, r), the MLP's input times A_gate^T.
+        h_up: (M, r).
+        k_down: (M, r), the gradient of down's A x, its scale included.
+        scale_gate: alpha/r or its like.
+        scale_up: the same of up.
+        activation: f.
+        factors: c_gate and c_up, (N,) each; None stands for 1.
+        write_act: whether g becomes act.
+
+    Returns:
+        k_gate, k_up (M, r) in g's dtype, dB_gate, dB_up (N, r) and dA_down (r, N), float32 (float64 for float64); with
+        factors also their gradients (N,) twice. The three ranks may differ.
+
+    Raises:
+        InputError: as for `gated`; low-rank tensors that do not fit.
+    """
+    _check(g, activation, factors, gate=gate, up=up)
+    _check_low_rank(g, ("gate", B_gate, h_gate), ("up", B_up, h_up), k_down)
+    low_rank = {"B_gate": B_gate, "B_up": B_up, "h_gate": h_gate, "h_up": h_up, "k_down": k_down}
+    scales = {"scale_gate": scale_gate, "scale_up": scale_up}
+    kernels = triton_form(g, "gated_triton")
+    ranks = {B_gate.shape[1], B_up.shape[1], k_down.shape[1]}
+    if kernels is not None and len(ranks) == 1 and 0 < max(ranks) <= LARGEST_RANK[g.itemsize]:
+        made: tuple[Tensor, ...] = kernels.gated_backward_low_rank(
+            g, gate, up, **low_rank, **scales, activation=activation, factors=factors, write_act=write_act
+        )
+        return made
+    B_gate, B_up, h_gate, h_up, k_down = (t.to(g.dtype) for t in low_rank.values())
+    sums = gated_backward(g, gate, up, activation=activation, factors=factors)
+    k_gate, dB_gate = project_and_sum(gate, B_gate, h_gate, scale=scale_gate)
+    k_up, dB_up = project_and_sum(up, B_up, h_up, scale=scale_up)
+    return k_gate, k_up, dB_gate, dB_up, outer_sum(k_down, g), *(sums or ())
+
+
+def _curve(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """P(x) and x P'(x)."""
+    if activation == "gelu":
+        P = torch.erf(x * math.sqrt(0.5)).add_(1.0).mul_(0.5)
+        return P, (x * x).mul_(-0.5).exp_().mul_(x).mul_(1 / math.sqrt(2 * math.pi))
+    if activation == "silu":
+        P = torch.sigmoid(x)
+        return P, (1.0 - P).mul_(P).mul_(x)
+    twice_a, square = 2 * math.sqrt(2 / math.pi), x * x
+    P = torch.sigmoid((square * (twice_a * 0.044715)).add_(twice_a).mul_(x))
+    inner = square.mul_(3 * 0.044715 * twice_a).add_(twice_a)
+    return P, (1.0 - P).mul_(P).mul_(x).mul_(inner)
+
+
+def _wide_factors(factors: Factors | None, like: Tensor) -> Factors:
+    wide = wide_dtype(like.dtype)
+    if factors is None:
+        one = torch.ones((), dtype=wide, device=like.device)
+        return one, one
+    return factors[0].to(wide), factors[1].to(wide)
+
+
+def _blocks(like: Tensor) -> Iterator[slice]:
+    step = max(1, _ELEMENTS // max(like.shape[1], 1))
+    return (slice(start, start + step) for start in range(0, like.shape[0], step))
+
+
+def _check(first: Tensor, activation: str, factors: Factors | None, **others: Tensor | None) -> None:
+    if activation not in get_args(Activation):
+        raise InputError(f"activation {activation!r}: expected one of {', '.join(get_args(Activation))}")
+    if first.dim() != 2 or first.dtype not in _DTYPES:
+        raise InputError(
+            f"the first tensor is {first.dtype} of shape {tuple(first.shape)}: expected (M, N) in bfloat16, float16, "
+            "float32 or float64"
+        )
+    for name, t in {"the first tensor": first, **others}.items():
+        if t is None:
+            continue
+        if t.shape != first.shape or t.dtype != first.dtype or t.device != first.device:
+            raise InputError(
+                f"{name} is {t.dtype} of shape {tuple(t.shape)} on {t.device}: expected {first.dtype}, "
+                f"{tuple(first.shape)}, on {first.device} as the first"
+            )
+        if (t.shape[1] > 1 and t.stride(1) != 1) or (t.shape[0] > 1 and t.stride(0) < t.shape[1]):
+            raise InputError(
+                f"{name} has strides {t.stride()}: expected contiguous rows that do not overlap, call contiguous()"
+            )
+    for c in factors or ():
+        if c.shape != first.shape[1:] or c.device != first.device:
+            raise InputError(
+                f"a factor has shape {tuple(c.shape)} on {c.device}: expected ({first.shape[1]},) on {first.device}"
+            )
+
+
+def _check_low_rank(
+    g: Tensor, gate: tuple[str, Tensor, Tensor], up: tuple[str, Tensor, Tensor], k_down: Tensor
+) -> None:
+    rows, columns = g.shape
+    for name, B, h in (gate, up):
+        if B.dim() != 2 or h.dim() != 2 or B.shape[0] != columns or h.shape != (rows, B.shape[1]):
+            raise InputError(
+                f"B_{name} is {tuple(B.shape)} and h_{name} {tuple(h.shape)}: expected ({columns}, r) and ({rows}, r)"
+            )
+    if k_down.dim() != 2 or k_down.shape[0] != rows:
+        raise InputError(f"k_down is {tuple(k_down.shape)}: expected ({rows}, r)")

@@ -1,0 +1,345 @@
+"""The gated activation of `gated.py` for CUDA, in Triton: every tensor of M x N values is read or written once.
+
+What passes through memory for each value in 16 bits, and at M 8192, N 14336 the time at 3.0 TB/s:
+
+    gated                       gate, up -> act                          6 bytes    0.23 ms
+    gated_backward              g, gate, up -> act, dgate, dup          12          0.47
+    gated_backward_low_rank     g, gate, up -> dgate, dup (, act)       10 (12)     0.39 (0.47)
+
+Sums over tokens and columns are written as float32 partial sums, one for each program, and added by a second, small
+reduction: no atomics, the same result every time. A program of `gated_backward_low_rank` owns `columns` columns, as
+wide as dB_gate, dB_up and dA_down fit its registers, and a strip of `strip` tokens. Writing and reading partial sums
+costs
+
+    16 M N r / columns + 24 M N r / strip bytes
+
+beside 10 M N: at rank 16, 256 columns and strips of 1,184 tokens 10 + 3.2 %; at rank 32, 20 + 6.5 %; at rank 64 with
+128 columns, 80 + 13 %. Separate functions read dgate, dup and act again and write act first: 80 %, and 120 % at ranks
+where the first two are read twice. Half of those bytes are memory for a while: 78, 156 and 546 MB at this shape.
+
+Every stored value depends on what was loaded from the same place, so storage may be shared with an input.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton  # type: ignore[import-untyped,import-not-found]
+import triton.language as tl  # type: ignore[import-untyped,import-not-found]
+from torch import Tensor
+
+from deltaw.kernels.gated import Activation, Factors
+
+#: Rows and columns of a step, and warps, of the elementwise kernels.
+TILE = (4, 1024, 8)
+#: The same where the factors' gradients are added up, whose sums take registers; rows that a program goes through then.
+SUMMED_TILE = (2, 512, 4)
+SUMMED_ROWS = 64
+#: Rows and columns of a step, warps and stages of the kernel with the low-rank sums, by the padded rank. Four warps
+#: for rank 16: with eight the compiler moves the sums between two layouts in every step.
+LOW_RANK_TILES = {16: (16, 256, 4, 2), 32: (16, 256, 8, 2), 64: (16, 128, 8, 2)}
+#: The same for float32, whose products use no tensor cores and are worth it for small ranks only.
+LOW_RANK_TILES_32 = {16: (16, 64, 4, 1)}
+#: Rows of the tensor cores' tile.
+LEAST = 64
+#: Most strips that tokens are cut into.
+MOST_STRIPS = 64
+
+_TWICE_A = tl.constexpr(2 * math.sqrt(2 / math.pi))
+_SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+_DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
+
+
+# The kernels' arguments carry no annotations: the compiler would look up their names.
+@triton.jit  # type: ignore[untyped-decorator]
+def _curve(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """P(x) and x P'(x)."""
+    if ACTIVATION == "silu":
+        P = tl.sigmoid(x)
+        slope = x * P * (1.0 - P)
+    elif ACTIVATION == "gelu_tanh":
+        P = tl.sigmoid(x * (_TWICE_A + (_TWICE_A * 0.044715) * x * x))
+        slope = x * P * (1.0 - P) * (_TWICE_A + (_TWICE_A * 3 * 0.044715) * x * x)
+    else:
+        P = 0.5 + 0.5 * tl.erf(x * _SQRT_HALF)
+        slope = x * tl.exp(-0.5 * x * x) * _DENSITY
+    return P, slope
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _real(z, c, FACTORS: tl.constexpr):  # type: ignore[no-untyped-def]
+    if FACTORS:
+        z = z * c[None, :]
+    return z
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gradients(grad, z_gate, z_up, c_gate, c_up, ACTIVATION: tl.constexpr, FACTORS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Act, and the gradients of the real gate and up."""
+    x = _real(z_gate, c_gate, FACTORS)
+    u = _real(z_up, c_up, FACTORS)
+    P, slope = _curve(x, ACTIVATION)
+    f = P * x
+    return f * u, grad * u * (P + slope), grad * f
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load(base, at, live):  # type: ignore[no-untyped-def]
+    return tl.load(base + at, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store(base, at, values, live):  # type: ignore[no-untyped-def]
+    tl.store(base + at, values.to(base.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    gate, up, out, c_gate, c_up, rows, columns, gate_row, up_row, out_row,
+    ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(columns, COLUMNS)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    live = (row < rows) & (column < columns)[None, :]
+    at = column[None, :]
+    c_gate = _load(c_gate, column, column < columns) if FACTORS else 1.0
+    c_up = _load(c_up, column, column < columns) if FACTORS else 1.0
+    x = _real(_load(gate, row * gate_row + at, live), c_gate, FACTORS)
+    u = _real(_load(up, row * up_row + at, live), c_up, FACTORS)
+    P, _ = _curve(x, ACTIVATION)
+    _store(out, row * out_row + at, P * x * u, live)
+
+
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    g, gate, up, c_gate, c_up, sums, rows, columns, g_row, gate_row, up_row,
+    ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, STRIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(columns, COLUMNS)
+    strip = (tl.program_id(0) // tiles).to(tl.int64)
+    column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    c_gate = _load(c_gate, column, inside) if FACTORS else 1.0
+    c_up = _load(c_up, column, inside) if FACTORS else 1.0
+    sum_gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sum_up = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, STRIP, ROWS):
+        row = strip * STRIP + start + tl.arange(0, ROWS)[:, None]
+        live = (row < rows) & inside[None, :]
+        g_at, gate_at, up_at = (row * g_row + column, row * gate_row + column, row * up_row + column)
+        z_gate = _load(gate, gate_at, live)
+        z_up = _load(up, up_at, live)
+        act, dx, du = _gradients(_load(g, g_at, live), z_gate, z_up, c_gate, c_up, ACTIVATION, FACTORS)
+        _store(g, g_at, act, live)
+        _store(gate, gate_at, _real(dx, c_gate, FACTORS), live)
+        _store(up, up_at, _real(du, c_up, FACTORS), live)
+        if FACTORS:
+            sum_gate += dx * z_gate
+            sum_up += du * z_up
+    if FACTORS:
+        at = strip * 2 * columns + column
+        tl.store(sums + at, tl.sum(sum_gate, 0), mask=inside)
+        tl.store(sums + at + columns, tl.sum(sum_up, 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "strip_rows"])  # type: ignore[untyped-decorator]
+def _low_rank_kernel(  # type: ignore[no-untyped-def]
+    g, gate, up, c_gate, c_up, B, h, k_sums, d_sums, c_sums,
+    rows, columns, strip_rows, rank, g_row, gate_row, up_row, B_row, h_row, scale_gate, scale_up,
+    ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, WRITE_ACT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOT: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(columns, COLUMNS)
+    strip = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    dtype: tl.constexpr = g.dtype.element_ty
+    c_gate = _load(c_gate, column, inside) if FACTORS else 1.0
+    c_up = _load(c_up, column, inside) if FACTORS else 1.0
+    dc_gate = tl.zeros([COLUMNS], tl.float32)
+    dc_up = tl.zeros([COLUMNS], tl.float32)
+
+    # Products have the short side first, padded to the 64 rows of the tensor cores' tile, which several factors share:
+    # so the large operand is read where it lies in shared memory, once for both products with it. As the first operand
+    # it would be spread over registers, which took twice as many and 40 barriers a step in the place of 8.
+    slot = tl.arange(0, TWO)[:, None] // SLOT
+    direction = tl.arange(0, TWO)[:, None] % SLOT
+    known = (slot < 2) & (direction < rank)
+    B = tl.load(B + column[None, :] * B_row + slot * rank + direction, mask=known & inside[None, :], other=0.0)
+    k_sums += (tile * 2 + slot) * rows * rank + direction
+    d_slot = tl.arange(0, THREE)[:, None] // SLOT
+    d_direction = tl.arange(0, THREE)[:, None] % SLOT
+    d = tl.zeros([THREE, COLUMNS], tl.float32)
+    for start in tl.range(0, strip_rows, ROWS, num_stages=STAGES):
+        row = strip * strip_rows + start + tl.arange(0, ROWS)
+        live = (row < rows)[:, None] & inside[None, :]
+        g_at = row[:, None] * g_row + column[None, :]
+        gate_at = row[:, None] * gate_row + column[None, :]
+        up_at = row[:, None] * up_row + column[None, :]
+        z_gate = _load(gate, gate_at, live)
+        z_up = _load(up, up_at, live)
+        act, dx, du = _gradients(_load(g, g_at, live), z_gate, z_up, c_gate, c_up, ACTIVATION, FACTORS)
+        if FACTORS:
+            dc_gate += tl.sum(dx * z_gate, 0)
+            dc_up += tl.sum(du * z_up, 0)
+        act = act.to(dtype)
+        dx = _real(dx, c_gate, FACTORS).to(dtype)
+        du = _real(du, c_up, FACTORS).to(dtype)
+        if WRITE_ACT:
+            tl.store(g + g_at, act, mask=live)
+        tl.store(gate + gate_at, dx, mask=live)
+        tl.store(up + up_at, du, mask=live)
+
+        token = row[None, :]
+        h_at = h + token * h_row + d_slot * rank + d_direction
+        present = (token < rows) & (d_direction < rank)
+        h_gate = tl.load(h_at, mask=present & (d_slot == 0), other=0.0)
+        d = tl.dot(h_gate, dx, d, input_precision=PRECISION)
+        h_up = tl.load(h_at, mask=present & (d_slot == 1), other=0.0)
+        d = tl.dot(h_up, du, d, input_precision=PRECISION)
+        k_down = tl.load(h_at, mask=present & (d_slot == 2), other=0.0)
+        d = tl.dot(k_down, act, d, input_precision=PRECISION)
+        k_gate = tl.dot(B, tl.trans(dx), input_precision=PRECISION)
+        k_up = tl.dot(B, tl.trans(du), input_precision=PRECISION)
+        k = tl.where(slot == 0, scale_gate * k_gate, scale_up * k_up)
+        tl.store(k_sums + token * rank, k, mask=known & (token < rows))
+
+    scale = tl.where(d_slot == 0, scale_gate, tl.where(d_slot == 1, scale_up, 1.0))
+    # dB lie as (columns, rank), dA as (rank, columns).
+    at = tl.where(d_slot < 2, column[None, :] * rank + d_direction, d_direction * columns + column[None, :])
+    d_sums += (strip * 3 + d_slot) * columns * rank
+    tl.store(d_sums + at, scale * d, mask=(d_slot < 3) & (d_direction < rank) & inside[None, :])
+    if FACTORS:
+        c_sums += strip * 2 * columns + column
+        tl.store(c_sums, dc_gate, mask=inside)
+        tl.store(c_sums + columns, dc_up, mask=inside)
+
+
+def gated(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: Activation,
+    out: Tensor,
+    factors: Factors | None = None,
+    tile: tuple[int, int, int] = TILE,
+) -> Tensor:
+    """`gated.gated_torch` in one launch; tensors as checked there, `tile` as `TILE`."""
+    (rows, columns), (height, width, warps) = gate.shape, tile
+    if not gate.numel():
+        return out
+    with torch.cuda.device_of(gate):
+        _forward_kernel[(triton.cdiv(rows, height) * triton.cdiv(columns, width),)](
+            gate, up, out, *_contiguous(factors, gate), rows, columns, gate.stride(0), up.stride(0), out.stride(0),
+            ACTIVATION=activation, FACTORS=factors is not None, ROWS=height, COLUMNS=width, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+def gated_backward(
+    g: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: Activation,
+    factors: Factors | None = None,
+    tile: tuple[int, int, int] | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """`gated.gated_backward_torch` in one launch, with factors two; `tile` as `TILE`."""
+    height, width, warps = tile or (TILE if factors is None else SUMMED_TILE)
+    rows, columns = g.shape
+    strip = height if factors is None else max(height, SUMMED_ROWS)
+    strips = triton.cdiv(rows, strip)
+    sums = torch.empty(0 if factors is None else strips, 2, columns, dtype=torch.float32, device=g.device)
+    if g.numel():
+        with torch.cuda.device_of(g):
+            _backward_kernel[(strips * triton.cdiv(columns, width),)](
+                g, gate, up, *_contiguous(factors, g), sums, rows, columns, g.stride(0), gate.stride(0), up.stride(0),
+                ACTIVATION=activation, FACTORS=factors is not None, STRIP=strip, ROWS=height, COLUMNS=width,
+                num_warps=warps,
+            )  # fmt: skip
+    if factors is None:
+        return None
+    dc_gate, dc_up = sums.sum(0)
+    return dc_gate, dc_up
+
+
+def gated_backward_low_rank(
+    g: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    *,
+    B_gate: Tensor,
+    B_up: Tensor,
+    h_gate: Tensor,
+    h_up: Tensor,
+    k_down: Tensor,
+    scale_gate: float,
+    scale_up: float,
+    activation: Activation,
+    factors: Factors | None = None,
+    write_act: bool = False,
+    tile: tuple[int, int, int, int] | None = None,
+    strips: int | None = None,
+) -> tuple[Tensor, ...]:
+    """`gated.gated_backward_low_rank` for one rank up to `gated.LARGEST_RANK`, in one large launch and small sums.
+
+    Tensors as checked there. `tile` is like a value of `LOW_RANK_TILES`, None takes it from there; `strips` is the
+    number of parts that the tokens are cut into, None fills the device's processors evenly.
+    """
+    (rows, columns), rank = g.shape, B_gate.shape[1]
+    slot = max(16, triton.next_power_of_2(rank))
+    if tile is None:
+        tile = (LOW_RANK_TILES_32 if g.dtype == torch.float32 else LOW_RANK_TILES)[slot]
+    height, width, warps, stages = tile
+    tiles = triton.cdiv(columns, width)
+    if strips is None:
+        strips = _strips(rows, tiles, height, rank, _processors(g.device))
+    strip = triton.cdiv(triton.cdiv(rows, strips), height) * height
+    strips = triton.cdiv(rows, strip) if rows else 0
+
+    k_sums = g.new_empty(tiles, 2, rows, rank, dtype=torch.float32)
+    d_sums = g.new_empty(strips, 3 * columns * rank, dtype=torch.float32)
+    c_sums = g.new_empty(0 if factors is None else strips, 2, columns, dtype=torch.float32)
+    B = torch.cat([B_gate.to(g.dtype), B_up.to(g.dtype)], 1)
+    h = torch.cat([h_gate.to(g.dtype), h_up.to(g.dtype), k_down.to(g.dtype)], 1)
+    if g.numel():
+        with torch.cuda.device_of(g):
+            _low_rank_kernel[(strips * tiles,)](
+                g, gate, up, *_contiguous(factors, g), B, h, k_sums, d_sums, c_sums,
+                rows, columns, strip, rank, g.stride(0), gate.stride(0), up.stride(0), B.stride(0), h.stride(0),
+                float(scale_gate), float(scale_up),
+                ACTIVATION=activation, FACTORS=factors is not None, WRITE_ACT=write_act,
+                PRECISION="ieee" if g.dtype == torch.float32 else "tf32",
+                ROWS=height, COLUMNS=width, SLOT=slot, TWO=max(LEAST, 2 * slot), THREE=max(LEAST, 4 * slot),
+                STAGES=stages, num_warps=warps,
+            )  # fmt: skip
+    k_gate, k_up = k_sums.sum(0).to(g.dtype)
+    dB_gate, dB_up, dA_down = d_sums.sum(0).view(3, -1)
+    made = (k_gate, k_up, dB_gate.view(columns, rank), dB_up.view(columns, rank), dA_down.view(rank, columns))
+    return made if factors is None else (*made, *c_sums.sum(0))
+
+
+@functools.lru_cache(maxsize=64)
+def _strips(rows: int, tiles: int, height: int, rank: int, processors: int) -> int:
+    """The number of strips with the least time: whole waves of programs, and partial sums beside 10 bytes a value."""
+
+    def time(strips: int) -> float:
+        strip = math.ceil(rows / strips / height) * height
+        return math.ceil(tiles * math.ceil(rows / strip) / processors) * strip * (1 + 2.4 * rank / strip)
+
+    return min(range(1, MOST_STRIPS + 1), key=time) if rows else 1
+
+
+def _processors(device: torch.device) -> int:
+    # Triton's interpreter runs on the CPU.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _contiguous(factors: Factors | None, unused: Tensor) -> Factors:
+    return (unused, unused) if factors is None else (factors[0].contiguous(), factors[1].contiguous())
