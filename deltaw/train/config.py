@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,10 @@ class TrainConfig:
         dtype: of the base: `auto` (bfloat16 where the device has it), `float32`, `bfloat16`.
         device: `auto`, `cpu`, `cuda`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        fast: fused decoder layers: `auto` (on GPUs, where the layers are of a kind that is known), `on` (on CPUs too,
+            and an error where none can be), `off`.
+        memory_budget: the most that may be allocated on the GPU, in bytes or as "10.4GB": fused layers keep what fits
+            and make the rest again. None: what the card has.
         log_every: optimizer steps between lines of `metrics.jsonl`.
         eval_every: optimizer steps between evaluations; 0: once an epoch.
         save_every: optimizer steps between checkpoints; 0: once an epoch.
@@ -147,6 +152,8 @@ class TrainConfig:
     dtype: str = "auto"
     device: str = "auto"
     gradient_checkpointing: bool = False
+    fast: str = "auto"
+    memory_budget: str | float | None = None
     log_every: int = 5
     eval_every: int = 0
     save_every: int = 0
@@ -201,6 +208,17 @@ class TrainConfig:
         _choice("sharding", self.sharding, ("none", "fsdp2"))
         _choice("quantize", self.quantize, ("none", "nf4"))
         _choice("optimizer", self.optimizer, OPTIMIZERS)
+        _choice("fast", self.fast, ("auto", "on", "off"))
+        if self.memory_budget is not None:
+            bytes_of(self.memory_budget)
+            for key, value in (
+                ("fast off", self.fast == "off"),
+                ("gradient_checkpointing", self.gradient_checkpointing),
+            ):
+                if value:
+                    raise InputError(
+                        f"memory_budget chooses what fused layers keep, which {key} settles: leave one of them out"
+                    )
         for key, why in METHODS[self.method].not_with.items():
             if getattr(self, key):
                 raise InputError(f"method {self.method} does not go with {key}, as {why}: leave it out")
@@ -208,9 +226,8 @@ class TrainConfig:
             raise InputError(f"method {self.method} trains the base itself, which 4 bits freeze: leave quantize out")
         if self.sharding != "none" and METHODS[self.method].control is not None:
             raise InputError(f"method {self.method} does not go with sharding {self.sharding} yet: leave it at none")
-        if self.sharding != "none" and (self.quantize != "none" or self.optimizer != "adamw"):
-            what = "quantize" if self.quantize != "none" else "a paged optimizer"
-            raise InputError(f"sharding {self.sharding} does not go with {what} yet: choose one of them")
+        if self.sharding != "none" and self.optimizer != "adamw":
+            raise InputError(f"sharding {self.sharding} does not go with a paged optimizer yet: choose one of them")
         self._check_privacy()
         if self.task is not None:
             _choice("task", self.task, list(TASKS))
@@ -263,6 +280,20 @@ class TrainConfig:
         keys = to_plain(self)
         del keys["method_config"]
         return {**keys, **to_plain(self.method_config)}
+
+
+def bytes_of(size: str | float) -> int:
+    """A number of bytes, also as "10.4GB" or "8GiB".
+
+    Raises:
+        InputError: something else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", str(size).lower())
+    if found is None or float(found[1]) <= 0:
+        raise InputError(f"memory_budget is {size!r}: expected bytes, such as 10.4GB or 8GiB")
+    prefix = (found[2] or "b").removesuffix("b")
+    power = "kmgt".find(prefix[:1]) + 1 if prefix else 0
+    return int(float(found[1]) * (1024 if prefix.endswith("i") else 1000) ** power)
 
 
 def _choice(what: str, value: str, known: Sequence[str]) -> None:

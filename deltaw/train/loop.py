@@ -17,10 +17,13 @@ from deltaw.core.files import explain_os_error
 from deltaw.core.protocols import packed_of
 from deltaw.data import Collator
 from deltaw.fuse.attention import FastCpuAttention
+from deltaw.fuse.block import Keep
+from deltaw.fuse.decoder import install_blocks, uninstall_blocks
 from deltaw.fuse.head import install_loss_head, uninstall_loss_head
+from deltaw.fuse.keep import HEAD_BYTES, Room
 from deltaw.methods import NEFTune, adapt, delete_adapter, method_of
 from deltaw.methods.host import set_merge_aware, steady
-from deltaw.train.config import TrainConfig
+from deltaw.train.config import TrainConfig, bytes_of
 from deltaw.train.private import PrivacyPlan
 from deltaw.train.run_folder import RunFolder, peak_memory_bytes
 from deltaw.train.sharding import shard
@@ -168,6 +171,7 @@ def prepared(
         say(f"loss computed from the logits of every position ({objection})")
     if config.gradient_checkpointing:
         _checkpointing(model, on=True)
+    _fuse(model, config, say)
     caches = getattr(model.config, "use_cache", None)
     if config.neftune_alpha:
         adapt(model, NEFTune(config.neftune_alpha), name="neftune")
@@ -179,6 +183,7 @@ def prepared(
     finally:
         del model._ddp_params_and_buffers_to_ignore
         set_merge_aware(model, False)
+        uninstall_blocks(model)
         uninstall_loss_head(model)
         if config.neftune_alpha:
             delete_adapter(model, "neftune")
@@ -189,6 +194,31 @@ def prepared(
             model.config.use_cache = caches
         else:
             model.config.__dict__.pop("use_cache", None)
+
+
+def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Fused decoder layers, where the configuration asks for them and the model has some."""
+    cuda = model.device.type == "cuda"
+    if config.memory_budget is not None and not cuda:
+        raise InputError(f"memory_budget is a GPU's, and the model is on {model.device.type}: leave it out")
+    if config.fast == "off" or (config.fast == "auto" and not cuda):
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    states = 0 if config.optimizer.startswith("paged") else 2
+    room = Room(
+        budget_bytes=None if config.memory_budget is None else bytes_of(config.memory_budget),
+        later_bytes=sum(p.numel() * p.element_size() for p in trained) * (1 + states),
+        head_bytes=HEAD_BYTES,
+    )
+    keep: Keep | None = "input" if config.gradient_checkpointing else None
+    fused, layers, reason = install_blocks(model, keep=keep, room=room, say=say)
+    if fused:
+        say(f"{fused} of {layers} layers fused" + (f" ({reason})" if reason else ""))
+        return
+    for key, asked in (("fast on", config.fast == "on"), ("memory_budget", config.memory_budget is not None)):
+        if asked:
+            raise InputError(f"{key} needs layers that can be fused, and none can: {reason}; leave it out")
+    say(f"no layer fused ({reason})")
 
 
 def _checkpointing(model: Any, *, on: bool) -> None:

@@ -95,6 +95,8 @@ TYPED: dict[str, tuple[object, object]] = {
     "template": ("chat", "chat"),
     "schedule": ("linear", "linear"),
     "sharding": ("fsdp2", "fsdp2"),
+    "fast": ("off", "off"),
+    "memory_budget": ("10.4GB", "10.4GB"),
     "quantize": ("nf4", "nf4"),
     "optimizer": ("paged_adamw", "paged_adamw"),
     "method": ("lora", "lora"),

@@ -238,7 +238,6 @@ def test_two_processes_are_one(place, tmp_path, whole):
         ({"method": "full", "quantize": "nf4"}, "method full trains the base itself, which 4 bits freeze"),
         ({"method": "qlora", "quantize": "none"}, "method qlora means quantize 'nf4', and quantize is 'none'"),
         ({"method": "rslora", "rslora": False}, "method rslora means rslora True, and rslora is False"),
-        ({"method": "qlora", "sharding": "fsdp2"}, "sharding fsdp2 does not go with quantize yet"),
         ({"optimizer": "paged_adamw", "sharding": "fsdp2"}, "does not go with a paged optimizer yet"),
         ({"optimizer": "paged_adam"}, "unknown optimizer 'paged_adam'.*paged_adamw"),
         ({"quantize": "int4"}, "unknown quantize 'int4'"),

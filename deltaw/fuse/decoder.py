@@ -1,0 +1,423 @@
+"""Fused decoder layers: recognised by their structure, tried against their own forward, installed on the instance.
+
+No class is touched. A layer whose forward was replaced asks at every call whether the fused function fits what is asked
+now (a cache, hooks, dropout, an adapter of another kind, gradients by example), and runs its own forward where not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.contexts import sink_context
+from deltaw.core.errors import InputError
+from deltaw.core.generators import generator
+from deltaw.fuse.block import Call, Keep, Norm, kept_bytes, run_block
+from deltaw.fuse.head import _undisturbed
+from deltaw.fuse.host_memory import HostMemory
+from deltaw.fuse.keep import Room, choose, told
+from deltaw.fuse.linears import fused_linear, hooked
+from deltaw.kernels.gated import gated_torch
+from deltaw.kernels.norm import rms_norm_torch
+
+_STATE = "_deltaw_fused"
+_PROJECTIONS = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+#: Modules of a layer that the fused function knows; one more, and it is another structure.
+_KNOWN = frozenset(
+    "input_layernorm post_attention_layernorm self_attn mlp self_attn.q_norm self_attn.k_norm mlp.act_fn "
+    "self_attn.rotary_fn".split()
+) | frozenset(_PROJECTIONS.values())
+#: Arguments of a layer's forward that are not handed on to attention.
+_OWN = frozenset({"hidden_states", "attention_mask", "past_key_values", "use_cache", "position_embeddings"})
+
+
+@dataclass
+class Fusion:
+    """What all fused layers of a model share.
+
+    Attributes:
+        keep: the same for all layers; None: chosen by `room`.
+        room: the memory there is.
+        layers: how many are fused.
+        say: takes a line about each plan.
+        host: where inputs go that are kept in host memory.
+        plans: by tokens of a batch, what each layer keeps.
+    """
+
+    keep: Keep | None
+    room: Room
+    layers: int = 0
+    say: Callable[[str], None] = lambda line: None
+    host: HostMemory = field(default_factory=HostMemory)
+    plans: dict[int, list[Keep]] = field(default_factory=dict)
+
+    def of(self, layer: _Layer, x: Tensor) -> Keep:
+        """What a layer keeps of this batch."""
+        if self.keep is not None:
+            return self.keep
+        if not x.is_cuda:
+            return "all"
+        tokens = x.numel() // x.shape[-1]
+        if tokens not in self.plans:
+            left = self.room.left(x.device, layer.working_bytes(tokens))
+            self.plans[tokens] = choose(self.layers, left, lambda keep: layer.bytes_of(keep, tokens))
+            self.say(f"batches of {tokens:,} tokens: {told(self.plans[tokens])}")
+        return self.plans[tokens][layer.index]
+
+
+@dataclass
+class _Layer:
+    """What was found out about one layer."""
+
+    module: Any
+    index: int
+    head_dim: int
+    activation: str
+    norms: tuple[Norm, Norm]
+    head_norms: tuple[Norm, Norm] | None
+    fusion: Fusion
+
+    def bytes_of(self, keep: Keep, tokens: int) -> int:
+        """Bytes of what is kept."""
+        shapes = {name: self.module.get_submodule(path).weight.shape for name, path in _PROJECTIONS.items()}
+        return kept_bytes(
+            keep,
+            tokens,
+            width=shapes["q"][1],
+            inner=shapes["gate"][0],
+            heads=shapes["q"][0] // self.head_dim,
+            kv_heads=shapes["k"][0] // self.head_dim,
+            head_dim=self.head_dim,
+            itemsize=self.norms[0].weight.element_size(),
+            scaled=_has_magnitudes(self.module),
+            head_norms=self.head_norms is not None,
+        )
+
+    def working_bytes(self, tokens: int) -> int:
+        """Of the backward pass of one layer that kept its input alone."""
+        shapes = [self.module.get_submodule(path).weight.shape for path in _PROJECTIONS.values()]
+        inner, width = shapes[4]
+        largest: int = max(rows * columns for rows, columns in shapes)
+        attention: int = 2 * (shapes[0][0] + 2 * shapes[1][0])
+        total: int = ((3 * inner + 6 * width + attention) * tokens + largest) * self.norms[0].weight.element_size()
+        return total
+
+
+def install_blocks(
+    model: nn.Module,
+    *,
+    keep: Keep | None = None,
+    room: Room | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[int, int, str | None]:
+    """Fuses the decoder layers of a model that the fused function computes as they do themselves.
+
+    Before, each layer's output and input gradient are compared with its own on five tokens. Install before wrapping the
+    model for distributed training.
+
+    Args:
+        model: a transformers model.
+        keep: what layers keep for the backward pass; None: chosen by `room`.
+        room: the memory there is; by default the card's.
+        say: takes a line about what is kept, once for each size of batch.
+
+    Returns:
+        How many layers are fused, how many there are, and why the first one that is not is left as it is.
+    """
+    layers = _decoder_layers(model)
+    fusion = Fusion(keep, room or Room(), len(layers), say)
+    reasons: list[str] = []
+    found: list[_Layer] = []
+    for index, module in enumerate(layers):
+        layer = _structure(module, index, fusion)
+        if isinstance(layer, str):
+            reasons.append(layer)
+        else:
+            found.append(layer)
+    if found:
+        objections = _tried(model, found)
+        reasons += objections.values()
+        found = [layer for layer in found if layer.index not in objections]
+    for layer in found:
+        layer.module.__dict__[_STATE] = layer
+        layer.module.__dict__["forward"] = MethodType(_replacement(type(layer.module).forward), layer.module)
+    reason = reasons[0] if reasons else None if layers else "it has no list of decoder layers"
+    return len(found), len(layers), reason
+
+
+def uninstall_blocks(model: nn.Module) -> int:
+    """Gives all fused layers their own forward back. Returns how many there were.
+
+    Raises:
+        InputError: something else has replaced a layer's forward since.
+    """
+    count = 0
+    for module in model.modules():
+        if _STATE not in module.__dict__:
+            continue
+        if not getattr(getattr(module.__dict__.get("forward"), "__func__", None), _STATE, False):
+            raise InputError("a layer's forward was replaced after it was fused: undo that replacement first")
+        del module.__dict__["forward"], module.__dict__[_STATE]
+        count += 1
+    return count
+
+
+def plan_of(model: nn.Module) -> dict[int, list[Keep]]:
+    """What fused layers have kept so far, by tokens of a batch."""
+    for module in model.modules():
+        if _STATE in module.__dict__:
+            fusion: Fusion = module.__dict__[_STATE].fusion
+            return fusion.plans
+    return {}
+
+
+def _decoder_layers(model: Any) -> list[nn.Module]:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "base_model", model)
+    layers = getattr(decoder, "layers", None)
+    return list(layers) if isinstance(layers, nn.ModuleList) else []
+
+
+def _structure(module: Any, index: int, fusion: Fusion) -> _Layer | str:
+    if "forward" in module.__dict__:
+        return "a layer's forward has been replaced already"
+    own = {path for path, _ in module.named_modules() if path and "adapted" not in path.split(".")}
+    needed = {"input_layernorm", "post_attention_layernorm", *_PROJECTIONS.values()}
+    if not needed <= own:
+        return f"{type(module).__name__} has no {sorted(needed - own)[0]}"
+    if extra := sorted(own - _KNOWN):
+        return f"{type(module).__name__} has {extra[0]} too"
+    head_dim = getattr(module.self_attn, "head_dim", None)
+    if not isinstance(head_dim, int) or not isinstance(getattr(module.self_attn, "scaling", None), float):
+        return f"{type(module.self_attn).__name__} does not say its head_dim and scaling"
+    norms = [_norm(getattr(module, name)) for name in ("input_layernorm", "post_attention_layernorm")]
+    heads = [_norm(getattr(module.self_attn, f"{n}_norm")) for n in "qk" if f"self_attn.{n}_norm" in own]
+    if None in norms or None in heads or len(heads) == 1:
+        return "its norms are no RMS norms"
+    if any(norm is not None and norm.weight.shape != (head_dim,) for norm in heads):
+        return "its norms of queries and keys are not by head"
+    activation = _activation(module.mlp.act_fn)
+    if activation is None:
+        return "its activation is none of silu, gelu and gelu's tanh form"
+    return _Layer(module, index, head_dim, activation, tuple(norms), tuple(heads) or None, fusion)  # type: ignore[arg-type]
+
+
+def _norm(module: Any) -> Norm | None:
+    """The norm that a module computes, by trying it."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float) or weight.requires_grad:
+        return None
+    x = torch.randn(3, len(weight), generator=generator(0, "norm")).to(weight)
+    with torch.no_grad():
+        wanted = module(x)
+        for style in ("llama", "gemma"):
+            y, _ = rms_norm_torch(x, weight.detach(), eps=eps, style=style)  # type: ignore[arg-type]
+            if _close(y, wanted):
+                return Norm(module, eps, style)
+    return None
+
+
+def _activation(function: Any) -> str | None:
+    x = torch.linspace(-6.0, 6.0, 97)[None]
+    with torch.no_grad():
+        wanted = function(x)
+        for name in ("silu", "gelu_tanh", "gelu"):
+            if torch.allclose(gated_torch(x, torch.ones_like(x), activation=name), wanted, rtol=1e-5, atol=1e-6):  # type: ignore[arg-type]
+                return name
+    return None
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    loose = 2e-2 if theirs.dtype.itemsize < 4 else 1e-4
+    difference, size = (ours.double() - theirs.double()).norm(), theirs.double().norm()
+    return bool(difference <= loose * size)
+
+
+def _has_magnitudes(module: Any) -> bool:
+    for path in _PROJECTIONS.values():
+        site = module.get_submodule(path)._modules.get("adapted")
+        if site is not None and any(hasattr(part, "magnitude") for part, _ in site.chosen()):
+            return True
+    return False
+
+
+def _replacement(own: Any) -> Any:
+    signature = inspect.signature(own)
+    self_name = next(iter(signature.parameters))
+    var_keyword = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        layer: _Layer | None = self.__dict__.get(_STATE)
+        if layer is None or not self.training or not torch.is_grad_enabled():
+            return own(self, *args, **kwargs)
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        del given[self_name]
+        given |= given.pop(var_keyword, {})
+        call = call_of(layer, given)
+        if isinstance(call, str):
+            return own(self, *args, **kwargs)
+        return run_block(given["hidden_states"], call)
+
+    setattr(forward, _STATE, True)
+    return forward
+
+
+def call_of(layer: _Layer, given: dict[str, Any]) -> Call | str:
+    """A layer's call as the fused function takes it, or why it does not fit."""
+    module, x = layer.module, given.get("hidden_states")
+    if given.get("past_key_values") is not None or given.get("use_cache"):
+        return "a cache is wanted"
+    if not isinstance(x, Tensor) or x.dim() != 3 or torch.is_autocast_enabled(x.device.type):
+        return "the arithmetic's dtype is autocast's to choose"
+    if sink_context() is not None:
+        return "gradients are wanted by example"
+    attn = module.self_attn
+    if getattr(attn, "attention_dropout", 0.0):
+        return "attention has dropout"
+    inner = [attn, module.mlp, *(norm.module for norm in (*layer.norms, *(layer.head_norms or ())))]
+    if any(hooked(child) or "forward" in child.__dict__ for child in (*inner, module.mlp.act_fn)):
+        return "a module inside the layer has hooks, or a forward of its own"
+    linears = {}
+    for name, path in _PROJECTIONS.items():
+        linear = fused_linear(module.get_submodule(path))
+        if isinstance(linear, str):
+            return linear
+        if linear.weight.dtype != x.dtype:
+            return "weights and activations differ in dtype"
+        linears[name] = linear
+    factors = [linears[name].factor is None for name in ("gate", "up")]
+    if factors[0] != factors[1]:
+        return "one of gate and up has magnitudes"
+    rotation = given.get("position_embeddings")
+    cos, sin = rotation if rotation is not None else (None, None)
+    fusion = layer.fusion
+    return Call(
+        head_dim=layer.head_dim,
+        activation=layer.activation,
+        norms=layer.norms,
+        head_norms=layer.head_norms,
+        linears=linears,
+        cos=cos,
+        sin=sin,
+        attend=_attention(attn, given),
+        keep=fusion.of(layer, x),
+        host=fusion.host,
+    )
+
+
+def _attention(attn: Any, given: dict[str, Any]) -> Any:
+    """The call that the layer's own attention would make between rotation and output projection."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager: Any = getattr(sys.modules[type(attn).__module__], "eager_attention_forward", None)
+    interface: Any = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager)
+    mask = given.get("attention_mask")
+    rest = {name: value for name, value in given.items() if name not in _OWN}
+    if hasattr(attn, "sliding_window"):
+        rest["sliding_window"] = attn.sliding_window
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with _fastest(q, mask):
+            out: Tensor = interface(attn, q, k, v, mask, dropout=0.0, scaling=attn.scaling, **rest)[0]
+        return out
+
+    return attend
+
+
+def _fastest(q: Tensor, mask: Any) -> Any:
+    """On a GPU without a mask, cuDNN's attention first, where it takes the shapes."""
+    from contextlib import nullcontext
+
+    if not q.is_cuda or mask is not None or q.dtype == torch.float32 or not CUDNN_FIRST:
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [
+        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    ]  # fmt: skip
+    return sdpa_kernel(order, set_priority=True)
+
+
+#: Whether cuDNN's attention is asked before torch's own flash attention.
+CUDNN_FIRST = True
+
+
+def _tried(model: Any, layers: list[_Layer]) -> dict[int, str]:
+    """By index, why a layer is not computed as by itself: output and input gradient on five tokens differ."""
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls[index] = (args, kwargs)
+
+        return hook
+
+    embedding = model.get_input_embeddings()
+    ids = torch.randint(0, embedding.weight.shape[0], (1, 5), generator=generator(0, "fused layers"))
+    handles = [layer.module.register_forward_pre_hook(note(layer.index), with_kwargs=True) for layer in layers]
+    try:
+        with _undisturbed(model):
+            getattr(model, "base_model", model)(input_ids=ids.to(embedding.weight.device), use_cache=False)
+    except Exception as error:
+        line = str(error).strip().partition("\n")[0]
+        return {layer.index: f"a trial batch failed ({type(error).__name__}: {line})" for layer in layers}
+    finally:
+        for handle in handles:
+            handle.remove()
+    objections = {}
+    for layer in layers:
+        if layer.index not in calls:
+            objections[layer.index] = "the model does not call it"
+        elif (objection := _differs(layer, *calls[layer.index])) is not None:
+            objections[layer.index] = objection
+    return objections
+
+
+def _differs(layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    module = layer.module
+    own = type(module).forward
+    signature = inspect.signature(own)
+    given = dict(signature.bind(module, *args, **kwargs).arguments)
+    del given[next(iter(signature.parameters))]
+    for p in signature.parameters.values():
+        if p.kind is p.VAR_KEYWORD:
+            given |= given.pop(p.name, {})
+    if not isinstance(given.get("hidden_states"), Tensor):
+        return f"{type(module).__name__} is not called with hidden_states"
+    x = given.pop("hidden_states").detach()
+    # Normal rows, as those of a fresh model's embedding are tiny.
+    x = torch.randn(x.shape, generator=generator(0, "fused input")).to(x)
+    g = torch.randn(x.shape, generator=generator(0, "fused gradient")).to(x)
+    results = []
+    call = call_of(layer, {**given, "hidden_states": x})
+    if isinstance(call, str):
+        # What holds now may not in training: only the structure is on trial.
+        return None
+    call.keep = "input"
+    training = module.training
+    try:
+        module.eval()
+        with torch.enable_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            for run in (lambda t: own(module, t, **given), lambda t: run_block(t, call)):
+                leaf = x.clone().requires_grad_()
+                out = run(leaf)
+                out = out[0] if isinstance(out, tuple) else out
+                results.append((out.detach(), torch.autograd.grad(out, leaf, g)[0]))
+    except Exception as error:
+        line = str(error).strip().partition("\n")[0]
+        return f"a trial failed ({type(error).__name__}: {line})"
+    finally:
+        module.train(training)
+    (theirs, dx), (ours, our_dx) = results
+    if not _close(ours - x, theirs - x) or not _close(our_dx - g, dx - g):
+        return f"{type(module).__name__} computes something else"
+    return None

@@ -1,0 +1,81 @@
+"""What fused layers keep for the backward pass, chosen by how much memory there is.
+
+Every layer keeps at least its input, on the device or in host memory. What more there is room for buys time: first the
+MLP's two wide products with all before them, layer by layer from the last one on, whose backward pass comes first; what
+is left over then, attention's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deltaw.fuse.block import Keep
+from deltaw.kernels.linear_cross_entropy import CHUNK_BYTES_CUDA
+
+#: Of a budget, what allocators lose to gaps.
+SLACK = 0.02
+#: What the loss takes: a chunk of logits, and one more for its product with the head.
+HEAD_BYTES = 2 * CHUNK_BYTES_CUDA
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much memory there is for what layers keep.
+
+    Attributes:
+        budget_bytes: that the process may have allocated at its peak; None: whatever the card has.
+        later_bytes: that will be allocated after the first forward pass and stay: gradients and optimizer states.
+        head_bytes: the loss takes at its peak.
+    """
+
+    budget_bytes: int | None = None
+    later_bytes: int = 0
+    head_bytes: int = 0
+
+    def left(self, device: torch.device, working_bytes: int) -> int:
+        """Bytes for kept tensors, where the backward pass of one layer takes `working_bytes` beside them."""
+        held = torch.cuda.memory_allocated(device)
+        if self.budget_bytes is None:
+            free, _ = torch.cuda.mem_get_info(device)
+            budget = held + free + torch.cuda.memory_reserved(device) - held
+        else:
+            budget = self.budget_bytes
+        return int(budget * (1 - SLACK)) - held - self.later_bytes - max(working_bytes, self.head_bytes)
+
+
+def choose(layers: int, left_bytes: int, cost: Callable[[Keep], int]) -> list[Keep]:
+    """What each layer keeps.
+
+    Args:
+        layers: how many there are.
+        left_bytes: for all that is kept.
+        cost: bytes of a layer's kept tensors.
+
+    Returns:
+        By layer, from the first. "host" for all where not even their inputs fit.
+    """
+    left = left_bytes - layers * cost("input")
+    if left < 0:
+        return ["host"] * layers
+    chosen: list[Keep] = ["input"] * layers
+    for level in ("all", "attention"):
+        more = cost(level) - cost("input")
+        for index in reversed(range(layers)):
+            if chosen[index] == "input" and more <= left:
+                chosen[index] = level
+                left -= more
+    return chosen
+
+
+def told(chosen: Sequence[Keep]) -> str:
+    """A plan in words."""
+    words = {
+        "all": "keep all", "attention": "make the MLP again", "input": "keep their input", "host": "keep it on the host"
+    }  # fmt: skip
+    counts = {level: chosen.count(level) for level in words if level in chosen}
+    if len(counts) == 1:
+        return f"all {len(chosen)} layers {words[next(iter(counts))]}"
+    return ", ".join(f"{count} layers {words[level]}" for level, count in counts.items())

@@ -1,0 +1,78 @@
+"""Whole runs with fused layers: the same losses as without, memory budgets, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import small_runs
+
+from deltaw.core.errors import InputError
+from deltaw.studies.job import run_job
+from deltaw.train.config import bytes_of, make_config
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fast")
+    for family in ("llama", "gpt2"):
+        small_runs.make_model(folder / family, family, std=0.3)
+    small_runs.write_rows(folder / "rows.jsonl", small_runs.rows_of("prompt", 24))
+    return folder
+
+
+def train(place, output, family="llama", **changes):
+    said = []
+    keys = {
+        "model": str(place / family), "data": str(place / "rows.jsonl"), "output": str(output), "device": "cpu",
+        "dtype": "float32", "batch_size": 8, "micro_batch_size": 4, "epochs": 2, "log_every": 1, "r": 4, "held_out": 0,
+        "evaluate_before": False, "baselines": False, "max_length": 48, "dropout": 0.0, "learning_rate": 1e-2, **changes,
+    }  # fmt: skip
+    run_job(make_config(keys), command="test", say=said.append)
+    return [line["loss"] for line in small_runs.logged(output) if "loss" in line], said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "dora"},
+        {"method": "qlora"},
+        {"gradient_checkpointing": True},
+        {"pack": True, "max_length": 64, "batch_size": 4, "epochs": 6},
+        {"neftune_alpha": 5.0},
+    ],
+    ids=str,
+)
+def test_a_run_with_fused_layers_is_the_run_without(changes, place, tmp_path):
+    plain, _ = train(place, tmp_path / "plain", fast="off", **changes)
+    fused, said = train(place, tmp_path / "fused", fast="on", **changes)
+    assert "2 of 2 layers fused" in said
+    assert len(fused) > 3 and fused == pytest.approx(plain, rel=1e-3)
+
+
+def test_by_itself_a_cpu_trains_with_the_layers_own_modules(place, tmp_path):
+    _, said = train(place, tmp_path / "auto", max_steps=1)
+    assert not any("fused" in line for line in said)
+
+
+def test_what_cannot_be(place, tmp_path):
+    with pytest.raises(InputError, match="fast on needs layers that can be fused, and none can: it has no list of dec"):
+        train(place, tmp_path / "a", family="gpt2", fast="on")
+    with pytest.raises(InputError, match="memory_budget is a GPU's, and the model is on cpu"):
+        train(place, tmp_path / "b", memory_budget="1GB")
+    for keys, said in (
+        ({"fast": "off", "memory_budget": "1GB"}, "memory_budget chooses what fused layers keep, which fast off"),
+        ({"gradient_checkpointing": True, "memory_budget": "1GB"}, "which gradient_checkpointing settles"),
+        ({"memory_budget": "ten"}, "memory_budget is 'ten': expected bytes, such as 10.4GB"),
+        ({"fast": "yes"}, "unknown fast 'yes'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            make_config({"model": "m", "data": "d", "output": "o", **keys})
+
+
+def test_sizes_in_bytes():
+    assert [bytes_of(x) for x in ("10.4GB", "8GiB", " 512 mb", "1.5KiB", 1000, "7")] == [
+        10_400_000_000, 8 << 30, 512_000_000, 1536, 1000, 7
+    ]  # fmt: skip
+    for wrong in ("", "GB", "-1GB", "0", "1XB", "nan", True):
+        with pytest.raises(InputError, match="expected bytes"):
+            bytes_of(wrong)
