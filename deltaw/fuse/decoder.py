@@ -20,12 +20,13 @@ from deltaw.core.contexts import sink_context
 from deltaw.core.errors import InputError
 from deltaw.core.generators import generator
 from deltaw.fuse.block import Call, Keep, Norm, kept_bytes, run_block
-from deltaw.fuse.head import _undisturbed
+from deltaw.fuse.head import undisturbed
 from deltaw.fuse.host_memory import HostMemory
 from deltaw.fuse.keep import Room, choose, told
 from deltaw.fuse.linears import fused_linear, hooked
 from deltaw.kernels.gated import gated_torch
 from deltaw.kernels.norm import rms_norm_torch
+from deltaw.methods.host import book_of
 
 _STATE = "_deltaw_fused"
 _PROJECTIONS = {
@@ -172,6 +173,17 @@ def uninstall_blocks(model: nn.Module) -> int:
     return count
 
 
+def needs_mask(model: nn.Module) -> bool:
+    """Whether rows that are padded on the right need an attention mask.
+
+    Under causal attention no token sees what comes after it. Without a mask attention takes its fastest kernels; what
+    padding computes has no loss. False only where all layers are known to be causal, and nothing reads lengths.
+    """
+    layers = _decoder_layers(model)
+    fused = [layer for layer in layers if _STATE in layer.__dict__ and layer.self_attn.is_causal is True]
+    return not layers or len(fused) < len(layers) or bool(book_of(model).beside)
+
+
 def plan_of(model: nn.Module) -> dict[int, list[Keep]]:
     """What fused layers have kept so far, by tokens of a batch."""
     for module in model.modules():
@@ -181,7 +193,7 @@ def plan_of(model: nn.Module) -> dict[int, list[Keep]]:
     return {}
 
 
-def _decoder_layers(model: Any) -> list[nn.Module]:
+def _decoder_layers(model: Any) -> list[Any]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "base_model", model)
     layers = getattr(decoder, "layers", None)
     return list(layers) if isinstance(layers, nn.ModuleList) else []
@@ -365,7 +377,7 @@ def _tried(model: Any, layers: list[_Layer]) -> dict[int, str]:
     ids = torch.randint(0, embedding.weight.shape[0], (1, 5), generator=generator(0, "fused layers"))
     handles = [layer.module.register_forward_pre_hook(note(layer.index), with_kwargs=True) for layer in layers]
     try:
-        with _undisturbed(model):
+        with undisturbed(model):
             getattr(model, "base_model", model)(input_ids=ids.to(embedding.weight.device), use_cache=False)
     except Exception as error:
         line = str(error).strip().partition("\n")[0]

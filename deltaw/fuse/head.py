@@ -246,7 +246,7 @@ def _trial_objection(model: Any, state: _LossHead) -> str | None:
         seen.append(true)
         return outputs
 
-    with _undisturbed(model):
+    with undisturbed(model):
         handle = state.base.register_forward_hook(swap)
         try:
             for call in calls:
@@ -271,7 +271,7 @@ def _trial_objection(model: Any, state: _LossHead) -> str | None:
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; puts random state, modes and buffers back."""
     modes = [(module, module.training) for module in model.modules()]
     # Buffers above a million elements are storage (quantised weights), not state that a forward pass changes.

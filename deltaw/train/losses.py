@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.data.encode import IGNORED
+from deltaw.fuse.decoder import needs_mask
 
 
 class SummedLoss:
@@ -31,13 +32,17 @@ class SummedLoss:
         self.shifted = task in ("causal-lm", "instruct") and not model.config.is_encoder_decoder
         takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
         self.by_model = self.shifted and takes_any and model.loss_function is ForCausalLMLoss
+        #: Batches are padded on the right.
+        self.masked = not self.shifted or needs_mask(model)
 
     def __call__(self, model: Any, inputs: dict[str, Any], *, over: Any = 1) -> Tensor:
         """The sum over the labels of `inputs`, divided by `over`; `model` may be what wraps the model."""
-        if self.by_model:
-            loss: Tensor = model(**inputs, num_items_in_batch=over).loss
-            return loss
         given = dict(inputs)
+        if not self.masked and model.training:
+            given.pop("attention_mask", None)
+        if self.by_model:
+            loss: Tensor = model(**given, num_items_in_batch=over).loss
+            return loss
         labels = given.pop("labels")
         if self.model.config.is_encoder_decoder and self.task in ("causal-lm", "instruct"):
             given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)

@@ -13,7 +13,7 @@ import deltaw as dw
 from deltaw.core.errors import RunError
 from deltaw.fuse import decoder
 from deltaw.fuse.block import KEEPS, kept_bytes
-from deltaw.fuse.decoder import install_blocks, uninstall_blocks
+from deltaw.fuse.decoder import install_blocks, needs_mask, uninstall_blocks
 from deltaw.fuse.host_memory import HostMemory
 from deltaw.fuse.keep import choose, told
 from deltaw.quant import quantize_model
@@ -265,6 +265,25 @@ def _louder(own):
         return own(self, hidden_states, **given) * 1.1
 
     return forward
+
+
+def test_rows_padded_on_the_right_need_no_mask_where_all_layers_are_causal():
+    model, batch = model_of("mistral"), batch_of()
+    assert needs_mask(model)
+    wanted = gradients(model, batch)
+    install_blocks(model, keep="input")
+    assert not needs_mask(model)
+    given, real = {**batch, "attention_mask": None}, batch["attention_mask"].bool()
+    hidden = model.model(**given).last_hidden_state
+    assert (hidden[real] - wanted[0][real]).norm() <= CLOSE * wanted[0][real].norm()
+    model.zero_grad()
+    draws = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(hidden)
+    (hidden * draws * real[..., None]).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, true in wanted[1].items():
+        assert (found[name] - true).norm() <= CLOSE * true.norm(), name
+    dw.adapt(model, dw.NEFTune(5.0), name="noise")
+    assert needs_mask(model), "noise goes by each row's length"
 
 
 def test_two_models_do_not_disturb_each_other_and_a_copy_is_whole():

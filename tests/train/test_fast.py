@@ -24,7 +24,8 @@ def train(place, output, family="llama", **changes):
     keys = {
         "model": str(place / family), "data": str(place / "rows.jsonl"), "output": str(output), "device": "cpu",
         "dtype": "float32", "batch_size": 8, "micro_batch_size": 4, "epochs": 2, "log_every": 1, "r": 4, "held_out": 0,
-        "evaluate_before": False, "baselines": False, "max_length": 48, "dropout": 0.0, "learning_rate": 1e-2, **changes,
+        "evaluate_before": False, "baselines": False, "max_length": 48, "dropout": 0.0, "learning_rate": 1e-2,
+        **changes,
     }  # fmt: skip
     run_job(make_config(keys), command="test", say=said.append)
     return [line["loss"] for line in small_runs.logged(output) if "loss" in line], said
