@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from deltaw.core.errors import RunError
 from deltaw.fuse.host_memory import HostMemory
-from deltaw.fuse.linears import Fused, Group, products
+from deltaw.fuse.linears import Fused, Group, Narrow, products
 from deltaw.kernels.gated import gated, gated_backward, gated_backward_low_rank
 from deltaw.kernels.norm import rms_norm, rms_norm_backward
 from deltaw.kernels.rotary import norm_rotate, norm_rotate_backward, rotate
@@ -70,6 +70,9 @@ class Call:
         attend: (q, k, v), each (batch, heads, seq, head_dim), to (batch, seq, heads, head_dim), differentiable.
         keep: what stays for the backward pass.
         host: where "host" puts x0.
+        fp8: names of the linears whose products with W are made in 8-bit floats.
+        held: where weights in 8 bits stay between calls, by layer and group; None: nowhere.
+        index: of the layer.
     """
 
     head_dim: int
@@ -82,12 +85,22 @@ class Call:
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     keep: Keep = "all"
     host: HostMemory | None = None
+    fp8: frozenset[str] = frozenset()
+    held: dict[Any, Narrow] | None = None
+    index: int = 0
     groups: dict[str, Group] = field(default_factory=dict)
 
     def group(self, names: str, dtype: torch.dtype) -> Group:
         """The group of some linears, by their names with blanks between."""
         if names not in self.groups:
-            self.groups[names] = Group([self.linears[name] for name in names.split()], dtype)
+            parts = names.split()
+            self.groups[names] = Group(
+                [self.linears[name] for name in parts],
+                dtype,
+                fp8=self.fp8.issuperset(parts),
+                held=self.held,
+                name=(self.index, names),
+            )
         return self.groups[names]
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from deltaw.fuse.block import Call, Keep, Norm, kept_bytes, run_block
 from deltaw.fuse.head import undisturbed
 from deltaw.fuse.host_memory import HostMemory
 from deltaw.fuse.keep import Room, choose, told
-from deltaw.fuse.linears import fused_linear, hooked
+from deltaw.fuse.linears import Narrow, fused_linear, hooked
 from deltaw.kernels.gated import gated_torch
 from deltaw.kernels.norm import rms_norm_torch
 from deltaw.methods.host import book_of
@@ -33,6 +33,12 @@ _PROJECTIONS = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
 }  # fmt: skip
+Fp8 = Literal["none", "all", "all-but-down"]
+FP8: dict[Fp8, frozenset[str]] = {
+    "none": frozenset(),
+    "all": frozenset(_PROJECTIONS),
+    "all-but-down": frozenset(_PROJECTIONS) - {"down"},
+}
 #: Modules of a layer that the fused function knows; one more, and it is another structure.
 _KNOWN = frozenset(
     "input_layernorm post_attention_layernorm self_attn mlp self_attn.q_norm self_attn.k_norm mlp.act_fn "
@@ -52,6 +58,8 @@ class Fusion:
         layers: how many are fused.
         say: takes a line about each plan.
         host: where inputs go that are kept in host memory.
+        fp8: names of the linears whose products are made in 8-bit floats.
+        held: their weights in 8 bits, where these stay.
         plans: by tokens of a batch, what each layer keeps.
     """
 
@@ -59,6 +67,8 @@ class Fusion:
     room: Room
     layers: int = 0
     say: Callable[[str], None] = lambda line: None
+    fp8: frozenset[str] = frozenset()
+    held: dict[Any, Narrow] | None = None
     host: HostMemory = field(default_factory=HostMemory)
     plans: dict[int, list[Keep]] = field(default_factory=dict)
 
@@ -71,7 +81,16 @@ class Fusion:
         tokens = x.numel() // x.shape[-1]
         if tokens not in self.plans:
             left = self.room.left(x.device, layer.working_bytes(tokens))
-            self.plans[tokens] = choose(self.layers, left, lambda keep: layer.bytes_of(keep, tokens))
+            held = sum(t.nbytes for made in (self.held or {}).values() for t in made)
+            plan = choose(self.layers, left, lambda keep: layer.bytes_of(keep, tokens))
+            left -= sum(layer.bytes_of(keep, tokens) for keep in plan)
+            self.plans[tokens] = plan
+            if self.fp8 and self.room.hold_bytes and left + held >= self.room.hold_bytes:
+                self.held = {} if self.held is None else self.held
+            elif self.held is not None:
+                # A longer batch needs the room.
+                self.held = None
+                self.plans[tokens] = choose(self.layers, left + held, lambda keep: layer.bytes_of(keep, tokens))
             self.say(f"batches of {tokens:,} tokens: {told(self.plans[tokens])}")
         return self.plans[tokens][layer.index]
 
@@ -119,6 +138,7 @@ def install_blocks(
     *,
     keep: Keep | None = None,
     room: Room | None = None,
+    fp8: Fp8 = "none",
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[int, int, str | None]:
     """Fuses the decoder layers of a model that the fused function computes as they do themselves.
@@ -130,13 +150,14 @@ def install_blocks(
         model: a transformers model.
         keep: what layers keep for the backward pass; None: chosen by `room`.
         room: the memory there is; by default the card's.
+        fp8: which products with frozen weights are made in 8-bit floats.
         say: takes a line about what is kept, once for each size of batch.
 
     Returns:
         How many layers are fused, how many there are, and why the first one that is not is left as it is.
     """
     layers = _decoder_layers(model)
-    fusion = Fusion(keep, room or Room(), len(layers), say)
+    fusion = Fusion(keep, room or Room(), len(layers), say, FP8[fp8])
     reasons: list[str] = []
     found: list[_Layer] = []
     for index, module in enumerate(layers):
@@ -323,6 +344,9 @@ def call_of(layer: _Layer, given: dict[str, Any]) -> Call | str:
         attend=_attention(attn, given),
         keep=fusion.of(layer, x),
         host=fusion.host,
+        fp8=fusion.fp8,
+        held=fusion.held,
+        index=layer.index,
     )
 
 
@@ -414,7 +438,7 @@ def _differs(layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
     if isinstance(call, str):
         # What holds now may not in training: only the structure is on trial.
         return None
-    call.keep = "input"
+    call.keep, call.fp8 = "input", frozenset()
     training = module.training
     try:
         module.eval()

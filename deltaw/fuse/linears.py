@@ -20,9 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.protocols import BaseWeight, LowRank
+from deltaw.kernels.fp8 import matmul_fp8, quantize_nf4, quantize_rows, quantize_rows_and_columns
 from deltaw.kernels.low_rank import outer_sum, project, project_and_sum
 from deltaw.methods.host import AdaptedSite
 from deltaw.models.sites import SiteWeight
+from deltaw.quant.codebooks import nf4_code
+from deltaw.quant.weight import NF4Weight
 
 #: |c| is kept from 0, since what it multiplied is found again by dividing by it.
 LEAST = 1e-6
@@ -115,16 +118,31 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+#: W by rows and by columns in 8 bits with their scales, as `quantize_rows_and_columns` gives them.
+Narrow = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 class Group:
     """Linears that read one input, for one forward pass and its backward pass.
 
     Args:
         linears: of one input width.
         dtype: of the arithmetic's tensors.
+        fp8: whether products with W are made in 8-bit floats; the group's weights are then one matrix.
+        held: where the group's W in 8 bits stays from one call to the next, under `name`; None: nowhere.
+        name: of the group there.
     """
 
-    def __init__(self, linears: Sequence[Fused], dtype: torch.dtype) -> None:
-        self.linears = linears
+    def __init__(
+        self,
+        linears: Sequence[Fused],
+        dtype: torch.dtype,
+        *,
+        fp8: bool = False,
+        held: dict[Any, Narrow] | None = None,
+        name: Any = None,
+    ) -> None:
+        self.linears, self.fp8, self.held, self.name = linears, fp8, held, name
         lows = [linear.low for linear in linears if linear.low is not None]
         # Narrow copies, made once for both passes: the factors are small.
         self.A = torch.cat([low.A.detach().to(dtype) for low in lows]) if lows else None
@@ -145,10 +163,38 @@ class Group:
             h: as `project` gave it.
             onto: (M, out), added to the one linear's output in the same pass; not written to.
         """
+        if self.fp8:
+            return self._fp8_outputs(x, h, onto)
         return [
             self._output(x, part, linear, B, onto)
             for linear, B, part in zip(self.linears, self.B, self.parts(h), strict=True)
         ]
+
+    def _fp8_outputs(self, x: Tensor, h: Tensor | None, onto: Tensor | None) -> list[Tensor]:
+        """The same, views of one tensor: the 8-bit product cannot add to what is there."""
+        W, scale, _, _ = self._narrow()
+        whole = matmul_fp8(*quantize_rows(x), W, scale, out_dtype=x.dtype)
+        outs = whole.split([linear.weight.shape[0] for linear in self.linears], dim=1)
+        for out, linear, B, part in zip(outs, self.linears, self.B, self.parts(h), strict=True):
+            if linear.low is not None and B is not None and part is not None:
+                out.addmm_(part, B.t(), alpha=linear.low.scale)
+            if linear.bias is not None and linear.factor is None:
+                out.add_(linear.bias.to(out.dtype))
+            if onto is not None:
+                out.add_(onto)
+        return list(outs)
+
+    def _narrow(self) -> Narrow:
+        if self.held is not None and self.name in self.held:
+            return self.held[self.name]
+        packed: list[Any] = [getattr(linear.weight, "packed", None) for linear in self.linears]
+        if all(isinstance(weight, NF4Weight) for weight in packed):
+            made = quantize_nf4(packed, nf4_code(packed[0].device))
+        else:
+            made = quantize_rows_and_columns([linear.weight.dequantize() for linear in self.linears])
+        if self.held is not None:
+            self.held[self.name] = made
+        return made
 
     def _output(self, x: Tensor, h: Tensor | None, linear: Fused, B: Tensor | None, onto: Tensor | None) -> Tensor:
         W = linear.weight.dequantize(dtype=x.dtype)
@@ -234,7 +280,12 @@ class Group:
             dBs.append(dB)
         self.k = None if not ks else ks[0] if len(ks) == 1 else torch.cat(ks, dim=1)
         dx: Tensor | None = None
-        if need_x:
+        if need_x and self.fp8:
+            _, _, W, scale = self._narrow()
+            dx = matmul_fp8(*quantize_rows(side_by_side(grads)), W, scale, out_dtype=grads[0].dtype)
+            if self.k is not None and self.A is not None:
+                dx.addmm_(self.k, self.A)
+        elif need_x:
             if self.k is not None and self.A is not None:
                 dx = torch.mm(self.k, self.A)
             for g, linear in zip(grads, self.linears, strict=True):
@@ -249,6 +300,17 @@ class Group:
             return [None] * len(self.linears)
         pieces = iter(outer_sum(self.k, x).split([linear.rank for linear in self.linears if linear.low is not None]))
         return [None if linear.low is None else next(pieces) for linear in self.linears]
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """Matrices (M, n) as one (M, sum of n); without a copy where they are views of one that lie next to each other."""
+    first, total, at = tensors[0], sum(t.shape[1] for t in tensors), tensors[0].storage_offset()
+    for t in tensors:
+        same = t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or t.stride() != (total, 1) or t.storage_offset() != at:
+            return torch.cat(list(tensors), dim=1)
+        at += t.shape[1]
+    return first.as_strided((len(first), total), (total, 1), first.storage_offset())
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:

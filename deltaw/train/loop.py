@@ -201,6 +201,10 @@ def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
     cuda = model.device.type == "cuda"
     if config.memory_budget is not None and not cuda:
         raise InputError(f"memory_budget is a GPU's, and the model is on {model.device.type}: leave it out")
+    if config.fp8 != "none" and config.fast == "auto" and not cuda:
+        raise InputError(
+            f"fp8 is for GPUs, and the model is on {model.device.type}: give fast on too, to try it slowly"
+        )
     if config.fast == "off" or (config.fast == "auto" and not cuda):
         return
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -209,13 +213,18 @@ def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
         budget_bytes=None if config.memory_budget is None else bytes_of(config.memory_budget),
         later_bytes=sum(p.numel() * p.element_size() for p in trained) * (1 + states),
         head_bytes=HEAD_BYTES,
+        # Two bytes a weight; pointless where each process has a part of the base.
+        hold_bytes=2 * model.num_parameters() if config.sharding == "none" else 0,
     )
     keep: Keep | None = "input" if config.gradient_checkpointing else None
-    fused, layers, reason = install_blocks(model, keep=keep, room=room, say=say)
+    fused, layers, reason = install_blocks(model, keep=keep, room=room, fp8=config.fp8, say=say)  # type: ignore[arg-type]
     if fused:
         say(f"{fused} of {layers} layers fused" + (f" ({reason})" if reason else ""))
         return
-    for key, asked in (("fast on", config.fast == "on"), ("memory_budget", config.memory_budget is not None)):
+    asked_for = {
+        "fast on": config.fast == "on", "memory_budget": config.memory_budget is not None, "fp8": config.fp8 != "none"
+    }  # fmt: skip
+    for key, asked in asked_for.items():
         if asked:
             raise InputError(f"{key} needs layers that can be fused, and none can: {reason}; leave it out")
     say(f"no layer fused ({reason})")

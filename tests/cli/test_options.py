@@ -97,6 +97,7 @@ TYPED: dict[str, tuple[object, object]] = {
     "sharding": ("fsdp2", "fsdp2"),
     "fast": ("off", "off"),
     "memory_budget": ("10.4GB", "10.4GB"),
+    "fp8": ("all", "all"),
     "quantize": ("nf4", "nf4"),
     "optimizer": ("paged_adamw", "paged_adamw"),
     "method": ("lora", "lora"),

@@ -11,11 +11,12 @@ from torch import nn
 
 import deltaw as dw
 from deltaw.core.errors import RunError
-from deltaw.fuse import decoder
+from deltaw.fuse import decoder, linears
 from deltaw.fuse.block import KEEPS, kept_bytes
 from deltaw.fuse.decoder import install_blocks, needs_mask, uninstall_blocks
 from deltaw.fuse.host_memory import HostMemory
 from deltaw.fuse.keep import choose, told
+from deltaw.fuse.linears import side_by_side
 from deltaw.quant import quantize_model
 
 SHAPE = {
@@ -401,3 +402,52 @@ def test_norms_and_activations_are_known_by_trying_them():
     assert decoder._norm(Odd()) is None and decoder._norm(nn.LayerNorm(8)) is None
     assert decoder._activation(nn.SiLU()) == "silu" and decoder._activation(nn.GELU(approximate="tanh")) == "gelu_tanh"
     assert decoder._activation(nn.GELU()) == "gelu" and decoder._activation(nn.ReLU()) is None
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_products_in_eight_bits_are_near_and_held_weights_change_nothing(method, four_bits):
+    model, batch = model_of("llama", method, torch.float32, four_bits=four_bits), batch_of()
+    wanted = gradients(model, batch)
+    found = {}
+    for fp8 in ("all", "all-but-down"):
+        assert install_blocks(model, keep="input", fp8=fp8)[0] == 3
+        found[fp8] = gradients(model, batch)
+        fusion = model.model.layers[0].__dict__["_deltaw_fused"].fusion
+        fusion.held = {}
+        held = gradients(model, batch)
+        assert set(fusion.held) == {
+            (i, g) for i in range(3) for g in ("q k v", "o", "gate up", "down")[: 3 + (fp8 == "all")]
+        }
+        assert all(torch.equal(held[1][name], grad) for name, grad in found[fp8][1].items())
+        uninstall_blocks(model)
+    # Three layers of random normals amplify what a product loses, 4 % of its size.
+    assert all(1e-3 < float((hidden - wanted[0]).norm() / wanted[0].norm()) < 0.3 for hidden, _ in found.values())
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "dora", "some"])
+def test_with_products_that_lose_nothing_the_eight_bit_way_is_exact(method, four_bits, monkeypatch):
+    def both(parts):
+        W = torch.cat([part.dequantize() if hasattr(part, "codes") else part for part in parts])
+        return W, W.new_ones(len(W)), W.t(), W.new_ones(W.shape[1])
+
+    monkeypatch.setattr(linears, "quantize_rows", lambda x: (x, x.new_ones(len(x))))
+    monkeypatch.setattr(linears, "quantize_rows_and_columns", both)
+    monkeypatch.setattr(linears, "quantize_nf4", lambda parts, code: both(parts))
+    monkeypatch.setattr(linears, "matmul_fp8", lambda q, scale, W, w_scale, out_dtype: q @ W.t())
+    model, batch = model_of("qwen2", method, torch.float32, four_bits=four_bits), batch_of()
+    wanted = gradients(model, batch)
+    for keep in ("all", "input"):
+        for fp8 in ("all", "all-but-down"):
+            install_blocks(model, keep=keep, fp8=fp8)
+            assert_like(gradients(model, batch), wanted, 2 * CLOSE)
+            uninstall_blocks(model)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_matrices_side_by_side(joined):
+    whole = torch.randn(5, 9)
+    parts = [whole[:, :4], whole[:, 4:]] if joined else [whole[:, 4:], whole[:, :4]]
+    made = side_by_side(parts)
+    assert torch.equal(made, torch.cat(parts, dim=1)) and (made.data_ptr() == whole.data_ptr()) == joined

@@ -65,6 +65,8 @@ def test_what_cannot_be(place, tmp_path):
         ({"gradient_checkpointing": True, "memory_budget": "1GB"}, "which gradient_checkpointing settles"),
         ({"memory_budget": "ten"}, "memory_budget is 'ten': expected bytes, such as 10.4GB"),
         ({"fast": "yes"}, "unknown fast 'yes'"),
+        ({"fp8": "some"}, "unknown fp8 'some'"),
+        ({"fp8": "all", "fast": "off"}, "fp8 is for fused layers, and fast is off"),
     ):
         with pytest.raises(InputError, match=said):
             make_config({"model": "m", "data": "d", "output": "o", **keys})
