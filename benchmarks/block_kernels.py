@@ -1,0 +1,272 @@
+"""Time and memory rate of every kernel of a fused decoder layer on one CUDA device, with their tile sizes tried.
+
+    python benchmarks/block_kernels.py [--tokens 8192] [--only low-rank,norm] [--variants] [--out FILE]
+
+Shapes are Llama-3.1-8B's. Rates count what a kernel has to read and write once, partial sums and caches left out, and
+stand beside what a copy reaches in the same run. Every timing is the median of runs over rotating inputs larger than
+the cache. One that fails is a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from deltaw.kernels import fp8, gated_triton, low_rank, low_rank_triton, nf4_triton, norm_triton, rotary_triton
+from deltaw.kernels.cross_entropy_triton import loss_and_gradient
+from deltaw.kernels.low_rank_triton import Tiles
+from deltaw.quant.codebooks import nf4_code
+from deltaw.quant.weight import NF4Weight
+
+WIDTH, INNER, HEADS, KV_HEADS, HEAD, VOCAB, RANK = 4096, 14336, 32, 8, 128, 128256, 16
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One timing: a function of freshly made inputs, and the bytes it has to move or the FLOPs it has to make."""
+
+    name: str
+    make: Callable[[], Any]
+    run: Callable[[Any], object]
+    moved_bytes: float = 0.0
+    flops: float = 0.0
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def draws(*shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(draw(*shape) for shape in shapes)
+
+
+def cases(tokens: int, variants: bool) -> Iterator[Case]:
+    """Everything that is timed."""
+    M, d, n, r = tokens, WIDTH, INNER, RANK
+    row, wide = 2 * M * d, 2 * M * n
+    yield Case("copy", lambda: draw(1 << 28), lambda x: x.clone(), 2 * 2 * (1 << 28))
+    for N, K in ((d, d), (KV_HEADS * HEAD, d), (n, d), (d, n), (2 * n, d), (6144, d)):
+        make = partial(draws, (M, K), (N, K), (M, N))
+        yield Case(f"gemm {N}x{K}", make, lambda t: torch.mm(t[0], t[1].t()), flops=2.0 * M * N * K)
+        yield Case(f"gemm+= {N}x{K}", make, lambda t: t[2].addmm_(t[0], t[1].t()), flops=2.0 * M * N * K)
+        yield Case(f"gemm dx+= {N}x{K}", make, lambda t: t[0].addmm_(t[2], t[1]), flops=2.0 * M * N * K)
+    yield from _norms(M, d, row)
+    yield from _rotary(M)
+    yield from _gated(M, n, r, wide, variants)
+    yield from _low_rank(M, r, variants)
+    yield from _nf4(variants)
+    yield from _cross_entropy(variants)
+    yield from _fp8(M)
+    yield from _attention(M)
+
+
+def _norms(M: int, d: int, row: int) -> Iterator[Case]:
+    weight = draw(d)
+    yield Case(
+        "norm forward", lambda: draw(M, d), lambda x: norm_triton.rms_norm(x, weight, eps=EPS, style="llama"), 2 * row
+    )
+    yield Case(
+        "norm backward+",
+        lambda: (draw(M, d), draw(M, d), draw(M, d), torch.rand(M, device="cuda")),
+        lambda t: norm_triton.rms_norm_backward(t[0], t[1], weight, t[3], style="llama", add=t[2], out=t[0]),
+        4 * row,
+    )
+
+
+def _rotary(M: int) -> Iterator[Case]:
+    seq = 2048
+    cos, sin = draw(1, seq, HEAD), draw(1, seq, HEAD)
+    for heads in (HEADS, KV_HEADS):
+        yield Case(
+            f"rotary {heads} heads",
+            lambda heads=heads: draw(M // seq, seq, heads, HEAD),
+            lambda x: rotary_triton.rotate(x, cos, sin),
+            2 * 2 * M * heads * HEAD,
+        )
+
+
+def _gated(M: int, n: int, r: int, wide: int, variants: bool) -> Iterator[Case]:
+    make = partial(draws, (M, n), (M, n), (M, n))
+    yield Case("gated forward", make, lambda t: gated_triton.gated(t[1], t[2], activation="silu", out=t[0]), 3 * wide)
+    yield Case(
+        "gated backward", make, lambda t: gated_triton.gated_backward(t[0], t[1], t[2], activation="silu"), 6 * wide
+    )
+    B, h, k = draw(n, r), draw(M, r), draw(M, r)
+    tiles = [None, (32, 128, 4, 2), (16, 256, 4, 1), (16, 256, 4, 3), (16, 128, 4, 2)] if variants else [None]
+    for tile, strips in itertools.product(tiles, (None, 4, 14) if variants else (None,)):
+        yield Case(
+            f"gated backward low-rank {tile or ''} {strips or ''}",
+            make,
+            lambda t, tile=tile, strips=strips: gated_triton.gated_backward_low_rank(
+                *t, B_gate=B, B_up=B, h_gate=h, h_up=h, k_down=k, scale_gate=2.0, scale_up=2.0, activation="silu",
+                tile=tile, strips=strips,
+            ),
+            5 * wide,
+        )  # fmt: skip
+
+
+def _low_rank(M: int, r: int, variants: bool) -> Iterator[Case]:
+    h, k = draw(M, r), draw(M, 3 * r)
+    for K in (WIDTH, INNER):
+        A, B = draw(3 * r, K), draw(K, r)
+        size = 2 * M * K
+        make = partial(draw, M, K)
+        project = [None, Tiles(128, 128, 8, 3, 132), Tiles(32, 256, 4, 4, 132)] if variants else [None]
+        both = [None, Tiles(64, 512, 8, 3, 132), Tiles(64, 256, 8, 4, 132), Tiles(128, 256, 8, 3, 132)]
+        both = both if variants else [None]
+        for tiles in project:
+            yield Case(
+                f"low-rank project {K} {tiles or ''}", make,
+                lambda x, A=A, tiles=tiles: low_rank_triton.project(x, A, tiles=tiles), size,
+            )  # fmt: skip
+        yield Case(f"low-rank project {K} torch", make, lambda x, A=A: x @ A.t(), size)
+        for tiles in both:
+            yield Case(
+                f"low-rank project-and-sum {K} {tiles or ''}", make,
+                lambda g, B=B, tiles=tiles: low_rank_triton.project_and_sum(g, B, h, scale=2.0, tiles=tiles), size,
+            )  # fmt: skip
+            yield Case(
+                f"low-rank outer-sum {K} {tiles or ''}", make,
+                lambda x, tiles=tiles: low_rank_triton.outer_sum(k, x, tiles=tiles), size,
+            )  # fmt: skip
+        yield Case(
+            f"low-rank project-and-sum {K} torch", make,
+            lambda g, B=B: low_rank.project_and_sum_torch(g, B, h, scale=2.0), size,
+        )  # fmt: skip
+        yield Case(f"low-rank outer-sum {K} torch", make, lambda x: k.t() @ x, size)
+        yield Case(f"low-rank h B^T {K}", make, lambda x, B=B: torch.mm(h, B.t(), out=x), size)
+
+
+def _nf4(variants: bool) -> Iterator[Case]:
+    weight = NF4Weight.quantize(draw(INNER, WIDTH))
+    count = INNER * WIDTH
+    out = torch.empty(INNER, WIDTH, device="cuda", dtype=torch.bfloat16)
+    words = [(False, 0), (True, 256), (True, 512), (True, 1024)] if variants else [(nf4_triton.BY_WORDS, 0)]
+
+    def run(_: Any, by_words: bool, tile: int) -> None:
+        before = nf4_triton.WORD_TILE
+        nf4_triton.WORD_TILE = tile or before
+        nf4_triton.dequantize_4bit(
+            weight.codes, nf4_code(weight.device), weight.scales, start=0, stop=count, out=out, by_words=by_words
+        )
+        nf4_triton.WORD_TILE = before
+
+    for by_words, tile in words:
+        yield Case(
+            f"nf4 read {'words ' + str(tile) if by_words else ''}", lambda: None,
+            lambda t, by_words=by_words, tile=tile: run(t, by_words, tile), count * 2.516,
+        )  # fmt: skip
+
+
+def _cross_entropy(variants: bool) -> Iterator[Case]:
+    rows = 2048
+    target = torch.randint(0, VOCAB, (rows, 1), device="cuda")
+    for tile in [(8192, 16), (8192, 32), (4096, 8), (16384, 32)] if variants else [(8192, 16)]:
+        yield Case(
+            f"cross-entropy {tile}", lambda: draw(rows, VOCAB),
+            lambda x, tile=tile: loss_and_gradient(x, target, None, None, 1.0, True, tile=tile), 3 * 2 * rows * VOCAB,
+        )  # fmt: skip
+
+
+def _fp8(M: int) -> Iterator[Case]:
+    weight = NF4Weight.quantize(draw(INNER, WIDTH))
+    yield Case(
+        "fp8 weight from nf4", lambda: None, lambda _: fp8.quantize_nf4(weight, nf4_code(weight.device)),
+        INNER * WIDTH * 2.516,
+    )  # fmt: skip
+    W = draw(INNER, WIDTH)
+    yield Case("fp8 weight", lambda: None, lambda _: fp8.quantize_rows_and_columns(W), INNER * WIDTH * 4)
+    made = fp8.quantize_rows_and_columns(W)
+    for K in (WIDTH, INNER):
+        yield Case(f"fp8 rows {K}", lambda K=K: draw(M, K), fp8.quantize_rows, 3 * M * K)
+    for fast in (False, True):
+        yield Case(
+            f"fp8 gemm {INNER}x{WIDTH} fast accumulation {fast}",
+            lambda: fp8.quantize_rows(draw(M, WIDTH)),
+            lambda t, fast=fast: fp8.matmul_fp8(*t, made[0], made[1], fast_accumulation=fast),
+            flops=2.0 * M * INNER * WIDTH,
+        )
+
+
+def _attention(M: int) -> Iterator[Case]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    seq = 2048
+    flops = 4.0 * M * seq * HEADS * HEAD / 2
+
+    def make() -> Any:
+        return [
+            draw(M // seq, seq, heads, HEAD).transpose(1, 2).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS)
+        ]
+
+    def forward(t: Any, backend: Any) -> Any:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(*t, is_causal=True, enable_gqa=True)
+
+    def both(t: Any, backend: Any) -> None:
+        out = forward(t, backend)
+        torch.autograd.grad(out, t, out.detach())
+
+    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+        backend = getattr(SDPBackend, name)
+        yield Case(f"attention forward {name}", make, lambda t, b=backend: forward(t, b), flops=flops)
+        yield Case(f"attention both {name}", make, lambda t, b=backend: both(t, b), flops=3.5 * flops)
+
+
+def timed_ms(case: Case, *, runs: int, sets: int) -> tuple[float, float]:
+    """Median and least of the runs, after as many warm ones as there are sets of inputs."""
+    inputs = [case.make() for _ in range(sets)]
+    spent = []
+    for turn in range(runs + sets + 2):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        case.run(inputs[turn % sets])
+        last.record()
+        torch.cuda.synchronize()
+        if turn >= sets + 2:
+            spent.append(first.elapsed_time(last))
+    return statistics.median(spent), min(spent)
+
+
+def main() -> None:
+    """Times everything and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--only", default="", help="beginnings of names, with commas")
+    parser.add_argument("--variants", action="store_true", help="other tile sizes too")
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--out", help="a JSON file")
+    args = parser.parse_args()
+    wanted = tuple(filter(None, args.only.split(",")))
+    print(f"{torch.cuda.get_device_name()}, {args.tokens} tokens, bfloat16\n")
+    print("| kernel | ms (median, least) | TB/s | TFLOP/s |\n|---|---|---|---|")
+    found = []
+    for case in cases(args.tokens, args.variants):
+        if wanted and not case.name.startswith(wanted):
+            continue
+        try:
+            median, least = timed_ms(case, runs=args.runs, sets=2)
+        except Exception as error:
+            print(f"| {case.name} | {type(error).__name__}: {' '.join(str(error).split())[:120]} | | |", flush=True)
+            torch.cuda.empty_cache()
+            continue
+        rate = f"{case.moved_bytes / median / 1e9:.2f}" if case.moved_bytes else ""
+        speed = f"{case.flops / median / 1e9:.0f}" if case.flops else ""
+        print(f"| {case.name} | {median:.3f}, {least:.3f} | {rate} | {speed} |", flush=True)
+        found.append({"name": case.name, "median_ms": median, "least_ms": least, "TB_s": rate, "TFLOP_s": speed})
+    if args.out:
+        with open(args.out, "w", encoding="utf-8") as file:
+            json.dump({"device": torch.cuda.get_device_name(), "tokens": args.tokens, "kernels": found}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
