@@ -274,14 +274,18 @@ def _start(plan: Plan, name: str, slot: int, worker: Sequence[str], say: Say) ->
     return _Worker(name, slot, process, log, begin)
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _environment(parallel: int, slot: int) -> dict[str, str]:
     """Cells at one time divide the cores, and of several GPUs each takes one."""
     if parallel == 1:
         return {}
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // parallel)))}
+    found = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // parallel)))}
     gpus = torch.cuda.device_count()
     if gpus > 1:
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")

@@ -16,7 +16,7 @@ from deltaw.core.files import write_json, write_text
 from deltaw.federated.config import FederationConfig
 from deltaw.models.packages import Progress
 from deltaw.studies.catalogue import fetch_model
-from deltaw.studies.compare import _locked, differing, run_cells
+from deltaw.studies.compare import _locked, cores, differing, run_cells
 from deltaw.studies.consortium_cells import PLAN, WORKER, is_done, read_plan_record, run_here
 from deltaw.studies.consortium_data import EXAMPLES, example
 from deltaw.studies.consortium_page import study_page
@@ -37,10 +37,13 @@ Say = Callable[[str], None]
 __all__ = ["EXAMPLES", "Study", "example", "points", "run_example", "run_study", "tables"]
 
 RESULTS, TABLE, REPORT = "results.json", "table.md", "report.html"
-#: Of the command alone: what two cores finish in about a quarter of an hour.
-QUICK_CELLS = (ALONE, CENTRAL, "fedavg-ab", "product", "dp-8", "tfidf", "majority")
-QUICK_ROUNDS = 4
-QUICK_FEDERATED = {"evaluate_every": 2}
+#: Of the command alone: what two cores finish in about a quarter of an hour. Small batches make the most of few passes.
+QUICK_CELLS = (ALONE, CENTRAL, "fedavg-ab", "dp-8", "tfidf", "majority")
+QUICK_ROUNDS, QUICK_EPOCHS = 8, 0.5
+QUICK_KEYS = {"batch_size": 8, "micro_batch_size": 8}
+QUICK_FEDERATED = {"evaluate_every": 4}
+#: Cells that run side by side, each on a core; more would be bound by memory.
+MOST_AT_A_TIME = 8
 #: Keys that the examples bring themselves.
 _OWN = (
     "test_data", "labels", "layout", "columns", "split", "task", "skip_bad_rows", "clients", "ledger",
@@ -197,10 +200,10 @@ def _asked(name: str, values: Mapping[str, Any], full: bool) -> Study:
         cells=cells,
         seeds=(values.get("seed", 0),),
         rounds=values.get("rounds", None if full else QUICK_ROUNDS),
-        local_epochs=1.0 if epochs is None else epochs,
+        local_epochs=epochs if epochs is not None else 1.0 if full else QUICK_EPOCHS,
         local_steps=steps,
-        parallel=values.get("parallel") or 1,
-        options=options,
+        parallel=values.get("parallel") or min(cores(), MOST_AT_A_TIME),
+        options=options if full else QUICK_KEYS | options,
         federated=({} if full else QUICK_FEDERATED) | {key: value for key, value in rest.items() if key in federation},
         # What is said of batches and rates holds for private runs too.
         private={key: value for key, value in values.items() if key in options or key in ("delta", "unit")},

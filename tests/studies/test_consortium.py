@@ -283,20 +283,23 @@ def test_the_command_s_flags_choose_cells(monkeypatch):
         return asked[-1]
 
     plain = study()
-    assert plain.cells == ["alone", "central", "fedavg-ab", "product", "tfidf", "majority", "dp-8"]
+    assert plain.cells == ["alone", "central", "fedavg-ab", "tfidf", "majority", "dp-8"]
     assert (plain.seeds, plain.rounds, plain.output) == ((0,), consortium.QUICK_ROUNDS, "runs/example-fraud")
     chosen = study(rule="ffa, sketch", secure=True, target_epsilon=3.0, unit="customer", seed=7, learning_rate=0.1)
     assert chosen.cells == ["alone", "central", "ffa", "sketch", "tfidf", "majority", "secure", "dp-3"]
-    assert chosen.private == {"unit": "customer", "learning_rate": 0.1} and chosen.options == {"learning_rate": 0.1}
+    assert chosen.private == {"unit": "customer", "learning_rate": 0.1}
+    assert chosen.options == {**consortium.QUICK_KEYS, "learning_rate": 0.1}
+    assert study(batch_size=4).options["batch_size"] == 4
     assert study(dp=False, weighting="equal", local_steps=2, parallel=3).cells[-1] == "majority"
     assert (asked[-1].federated, asked[-1].local_steps, asked[-1].parallel) == (
-        {"evaluate_every": 2, "weighting": "equal"},
+        {"evaluate_every": 4, "weighting": "equal"},
         2,
         3,
     )
     whole = study(full=True, secure=True)
     assert set(whole.cells) == set(ALL_CELLS) and len(whole.cells) == len(ALL_CELLS)
     assert (whole.rounds, whole.federated, whole.output) == (None, {}, "runs/example-fraud-full")
+    assert (whole.options, whole.local_epochs) == ({}, 1.0)
     for name, values, message in (
         ("fraud", {"test_data": "x"}, "--test-data has no meaning"),
         ("bank", {}, "unknown example 'bank'"),
