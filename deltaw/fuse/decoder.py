@@ -56,7 +56,7 @@ class Fusion:
         keep: the same for all layers; None: chosen by `room`.
         room: the memory there is.
         layers: how many are fused.
-        say: takes a line about each plan.
+        say: takes a line about the plan of each batch longer than those before.
         host: where inputs go that are kept in host memory.
         fp8: names of the linears whose products are made in 8-bit floats.
         held: their weights in 8 bits, where these stay.
@@ -91,7 +91,9 @@ class Fusion:
                 # A longer batch needs the room.
                 self.held = None
                 self.plans[tokens] = choose(self.layers, left + held, lambda keep: layer.bytes_of(keep, tokens))
-            self.say(f"batches of {tokens:,} tokens: {told(self.plans[tokens])}")
+            # Of shorter batches nobody wants to hear.
+            if tokens == max(self.plans):
+                self.say(f"batches of {tokens:,} tokens: {told(self.plans[tokens])}")
         return self.plans[tokens][layer.index]
 
 
@@ -130,6 +132,9 @@ class _Layer:
         largest: int = max(rows * columns for rows, columns in shapes)
         attention: int = 2 * (shapes[0][0] + 2 * shapes[1][0])
         total: int = ((3 * inner + 6 * width + attention) * tokens + largest) * self.norms[0].weight.element_size()
+        if self.fusion.fp8:
+            # The widest group's weights by rows and by columns, and its input and gradient, a byte each.
+            total += 4 * inner * width + (2 * inner + width) * tokens
         return total
 
 
@@ -151,7 +156,7 @@ def install_blocks(
         keep: what layers keep for the backward pass; None: chosen by `room`.
         room: the memory there is; by default the card's.
         fp8: which products with frozen weights are made in 8-bit floats.
-        say: takes a line about what is kept, once for each size of batch.
+        say: takes a line about what is kept, for each batch longer than those before.
 
     Returns:
         How many layers are fused, how many there are, and why the first one that is not is left as it is.

@@ -42,7 +42,7 @@ class Room:
         held = torch.cuda.memory_allocated(device)
         if self.budget_bytes is None:
             free, _ = torch.cuda.mem_get_info(device)
-            budget = held + free + torch.cuda.memory_reserved(device) - held
+            budget = free + torch.cuda.memory_reserved(device)
         else:
             budget = self.budget_bytes
         return int(budget * (1 - SLACK)) - held - self.later_bytes - max(working_bytes, self.head_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from deltaw.fuse import decoder, linears
 from deltaw.fuse.block import KEEPS, kept_bytes
 from deltaw.fuse.decoder import install_blocks, needs_mask, uninstall_blocks
 from deltaw.fuse.host_memory import HostMemory
-from deltaw.fuse.keep import choose, told
+from deltaw.fuse.keep import Room, choose, told
 from deltaw.fuse.linears import side_by_side
 from deltaw.quant import quantize_model
 
@@ -462,3 +463,35 @@ def test_matrices_side_by_side(joined):
     parts = [whole[:, :4], whole[:, 4:]] if joined else [whole[:, 4:], whole[:, :4]]
     made = side_by_side(parts)
     assert torch.equal(made, torch.cat(parts, dim=1)) and (made.data_ptr() == whole.data_ptr()) == joined
+
+
+def test_plans_by_the_card_s_memory(monkeypatch):
+    model = model_of("llama", "lora", torch.float32)
+    said = []
+    install_blocks(
+        model, room=Room(budget_bytes=4_000_000, later_bytes=100_000, head_bytes=7), fp8="all", say=said.append
+    )
+    layer = model.model.layers[0].__dict__["_deltaw_fused"]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000_000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2_500_000, 9_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1_500_000)
+    seen = []
+    for tokens in (10, 500, 600, 1100, 600, 40_000):
+        x = SimpleNamespace(is_cuda=True, device="cuda", shape=(1, tokens, 32), numel=lambda n=tokens: n * 32)
+        first = layer.fusion.of(layer, x)
+        plan = layer.fusion.plans[tokens]
+        assert first == plan[0]
+        kept = sum(layer.bytes_of(keep, tokens) for keep in plan)
+        left = 4_000_000 * 0.98 - 1_100_000 - layer.working_bytes(tokens)
+        assert plan == ["host"] * 3 or kept <= left
+        seen.append(plan)
+    assert seen[0] == ["all"] * 3 and seen[-1] == ["host"] * 3 and seen[2] == seen[4]
+    assert any("input" in plan and "all" in plan for plan in seen)
+    assert len(said) == 5 and said[0] == "batches of 10 tokens: all 3 layers keep all"
+
+    fusion = layer.fusion
+    fusion.room, fusion.plans = Room(hold_bytes=500_000), {}
+    fusion.of(layer, SimpleNamespace(is_cuda=True, device="cuda", shape=(1, 10, 32), numel=lambda: 320))
+    assert fusion.held == {}, "4 MB for the process, 1 MB in use: 8-bit weights may stay"
+    fusion.of(layer, SimpleNamespace(is_cuda=True, device="cuda", shape=(1, 40_000, 32), numel=lambda: 32 * 40_000))
+    assert fusion.held is None

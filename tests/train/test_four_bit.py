@@ -215,6 +215,7 @@ def test_the_last_phase_trains_the_loss_of_the_merged_model(place, tmp_path, mon
 # Processes.
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(place, tmp_path, whole):
     changes = {"optimizer": "paged_adamw", "merge_aware": 0.5}
     jobs = [

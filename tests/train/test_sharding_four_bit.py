@@ -95,16 +95,20 @@ def test_runs_are_those_of_one_process(tmp_path):
         {"keys": keys("whole", **stopping)},
         {"keys": keys("half", **stopping), "stop_at": 3},
         {"resume": str(tmp_path / "half")},
+        {"keys": keys("fused", sharding="fsdp2", fast="on")},
     ]
     logs = torchrun(tmp_path, jobs)
     for log in logs:
-        assert [job.get("error") for job in log] == [None, None, "Stopped: ", None]
+        assert [job.get("error") for job in log] == [None, None, "Stopped: ", None, None]
         assert all(job["share"] == pytest.approx(0.5, abs=0.05) for job in log)
     assert "resuming from step 2" in logs[0][3]["said"]
     assert small_runs.outcome(tmp_path / "half") == small_runs.outcome(tmp_path / "whole")
     train(**keys("one", **aware))
     assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-3)
     assert small_runs.record(tmp_path / "two")["model"] == small_runs.record(tmp_path / "one")["model"]
+    assert "2 of 2 layers fused" in logs[0][4]["said"]
+    train(**keys("own"))
+    assert_same_run(tmp_path / "fused", tmp_path / "own", tolerance=1e-3)
 
 
 @pytest.mark.gpu
