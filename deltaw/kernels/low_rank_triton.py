@@ -139,7 +139,8 @@ def _add(parts, out, tile, count, number, TILE: tl.constexpr, PARTS: tl.constexp
     for low in range(0, number, PARTS):
         # Unrolled, so that these loads are under way together.
         for i in tl.static_range(PARTS):
-            total += tl.load(parts + i * count, mask=(at < count) & (low + i < number), other=0.0)
+            # Compared as a block: the interpreter of Triton 3.9 makes integers of a scalar beside one.
+            total += tl.load(parts + i * count, mask=(at < count) & (at * 0 + (low + i) < number), other=0.0)
         parts += PARTS * count
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
 

@@ -127,8 +127,6 @@ def test_two_processes_are_one_with_twice_the_accumulation(place, tmp_path):
     assert not (tmp_path / "odd").exists()
 
 
-# What is sharded in 4 bits runs by default.
-@pytest.mark.slow
 def test_sharded_processes_are_one_too(place, tmp_path):
     whole = keys_for(place, tmp_path / "whole", dropout=0.2, sharding="fsdp2", early_stopping=9, eval_every=2)
     half = whole | {"output": str(tmp_path / "half")}
