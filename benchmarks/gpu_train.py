@@ -262,7 +262,7 @@ def own_keys(parsed: dict[str, str | None], args: argparse.Namespace) -> dict:
         "micro_batch_size": args.batch,
         "log_every": 1,
         "gradient_checkpointing": parsed["gc"] is not None,
-        "fast": "off" if parsed["general"] else "auto" if args.device == "cuda" else "on",
+        "fast": "off" if parsed["general"] else "on",
         "fp8": {None: "none", "-fp8": "all"}.get(parsed["fp8"], "all-but-down"),
     }
     if parsed["budget"] not in (None, "max") and args.device == "cuda":

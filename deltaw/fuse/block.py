@@ -119,7 +119,6 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, call: Call, *trained: Tensor) -> Tensor:  # type: ignore[override]
         ctx.state = state = _State(call, x, any(ctx.needs_input_grad))
         out = state.forward()
-        ctx.save_for_backward()
         return out
 
     @staticmethod
@@ -139,7 +138,6 @@ class _State:
     def __init__(self, call: Call, x: Tensor, wanted: bool) -> None:
         self.call, self.shape, self.wanted = call, x.shape, wanted
         self.x0: Tensor | None = x.detach().reshape(-1, x.shape[-1])
-        self.dtype = x.dtype
         self.qkv, self.o, self.gate_up, self.down = (call.group(n, x.dtype) for n in (QKV, OUT, GATE_UP, DOWN))
         self.h: dict[str, Tensor | None] = {}
         self.kept: dict[str, Any] = {}

@@ -210,15 +210,6 @@ def needs_mask(model: nn.Module) -> bool:
     return not layers or len(fused) < len(layers) or bool(book_of(model).beside)
 
 
-def plan_of(model: nn.Module) -> dict[int, list[Keep]]:
-    """What fused layers have kept so far, by tokens of a batch."""
-    for module in model.modules():
-        if _STATE in module.__dict__:
-            fusion: Fusion = module.__dict__[_STATE].fusion
-            return fusion.plans
-    return {}
-
-
 def _decoder_layers(model: Any) -> list[Any]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "base_model", model)
     layers = getattr(decoder, "layers", None)

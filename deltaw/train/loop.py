@@ -205,7 +205,8 @@ def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
         raise InputError(
             f"fp8 is for GPUs, and the model is on {model.device.type}: give fast on too, to try it slowly"
         )
-    if config.fast == "off" or (config.fast == "auto" and not cuda):
+    wanted = config.memory_budget is not None or config.fp8 != "none"
+    if config.fast == "off" or (config.fast == "auto" and not wanted):
         return
     trained = [p for p in model.parameters() if p.requires_grad]
     states = 0 if config.optimizer.startswith("paged") else 2
