@@ -9,6 +9,8 @@ from pathlib import Path
 
 #: Steps that a profile is of.
 PROFILED_STEPS = 2
+#: Gaps that are told one by one, the largest; and microseconds of those that are but a launch.
+GAPS, SHORT_US = 12, 20.0
 #: What the kernels of a file in deltaw/kernels are for; the others are elementwise.
 OWN_GROUPS = {"nf4": "dequantise", "fp8": "dequantise", "low_rank": "low-rank"}
 #: What a kernel is for, by the first pattern that its name has.
@@ -27,27 +29,37 @@ GROUPS = {
 def profile_of(profiler, wall_s: float, cuda: bool) -> dict:
     """Shares of the wall time: by group, by kernel, and of gaps, in which nothing ran."""
     times: Counter[str] = Counter()
-    spans = []
+    spans: list[tuple[float, float, str]] = []
     if cuda:
         for event in profiler.events():
             # Ranges that programs name appear on the device's track too.
             if "CUDA" in str(event.device_type) and not event.is_user_annotation:
                 times[event.name] += event.time_range.elapsed_us()
-                spans.append((event.time_range.start, event.time_range.end))
+                spans.append((event.time_range.start, event.time_range.end, event.name))
     else:
         for event in profiler.key_averages():
             times[event.key] += event.self_cpu_time_total
-    busy, until = (0.0, float("-inf")) if cuda else (float(sum(times.values())), 0.0)
-    for begin, end in sorted(spans):
+    busy, until, last = (0.0, float("-inf"), "") if cuda else (float(sum(times.values())), 0.0, "")
+    gaps: list[tuple[float, str, str]] = []
+    for begin, end, name in sorted(spans):
         busy += max(0.0, end - max(begin, until))
-        until = max(until, end)
+        if last and begin > until:
+            gaps.append((begin - until, last, name))
+        if end > until:
+            until, last = end, name
     wall = wall_s * 1e6
     groups = dict.fromkeys(("GEMM", "attention", "elementwise", "low-rank", "dequantise", "optimizer"), 0.0)
     for name, spent in times.items():
         group = group_of(name)
         groups[group] = groups.get(group, 0.0) + spent / wall
     kernels = [[name[:100], group_of(name), spent / wall] for name, spent in times.most_common(25)]
-    return {"groups": groups, "gaps": max(0.0, 1 - busy / wall), "kernels": kernels}
+    return {
+        "groups": groups,
+        "gaps": max(0.0, 1 - busy / wall),
+        "short_gaps": sum(gap for gap, *_ in gaps if gap < SHORT_US) / wall,
+        "largest_gaps": [[gap / wall, one[:60], two[:60]] for gap, one, two in sorted(gaps)[: -GAPS - 1 : -1]],
+        "kernels": kernels,
+    }
 
 
 @functools.cache
@@ -75,6 +87,10 @@ def profile_table(name: str, found: dict) -> str:
     """A row's profile as Markdown."""
     lines = [f"\n{name}: share of the time of {PROFILED_STEPS} steps under the profiler\n", "| | |", "|---|---|"]
     lines += [f"| {group} | {share:.1%} |" for group, share in found["groups"].items()]
-    lines += [f"| gaps | {found['gaps']:.1%} |", "", "| kernel | group | share |", "|---|---|---|"]
+    lines += [f"| gaps | {found['gaps']:.1%} |", f"| of them under {SHORT_US:g} us each | {found['short_gaps']:.1%} |"]
+    if found["largest_gaps"]:
+        lines += ["", "| largest gaps | after | before |", "|---|---|---|"]
+        lines += [f"| {share:.2%} | `{before}` | `{after}` |" for share, before, after in found["largest_gaps"]]
+    lines += ["", "| kernel | group | share |", "|---|---|---|"]
     lines += [f"| `{kernel}` | {group} | {share:.1%} |" for kernel, group, share in found["kernels"]]
     return "\n".join(lines)
