@@ -1,4 +1,4 @@
-"""Rotary position embedding in place, alone or after an RMS norm of each head, and the gradients.
+"""Rotary position embedding, in place or elsewhere, alone or after an RMS norm of each head, and the gradients.
 
 Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864, equation 34, with the
 pairs that transformers' `rotate_half` makes: of a head's first R values, i goes with i + R / 2; the other D - R stay.
@@ -29,34 +29,43 @@ from deltaw.kernels.norm import (
 )
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> None:
-    """Rotates x in place.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False, out: Tensor | None = None) -> Tensor:
+    """Rotates x in place or into `out`.
 
     Args:
         x: (B, S, H, D), last dimension contiguous, any other strides.
         cos: (B or 1, S, R), R even and at most D, last dimension contiguous, any floating dtype.
         sin: as cos.
         inverse: the transpose, for gradients.
+        out: like x with strides of its own, which gets all D values of each head, and shares no memory with x; None
+            stands for x.
+
+    Returns:
+        What was written to.
 
     Raises:
         InputError: shapes, dtypes, devices or strides that do not fit.
     """
-    _check_heads(x, cos, sin, x=x)
+    _check_heads(x, cos, sin, x=x, out=out)
     kernels = triton_form(x, "rotary_triton")
-    (rotate_torch if kernels is None else kernels.rotate)(x, cos, sin, inverse=inverse)
+    result: Tensor = (rotate_torch if kernels is None else kernels.rotate)(x, cos, sin, inverse=inverse, out=out)
+    return result
 
 
-def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> None:
+def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False, out: Tensor | None = None) -> Tensor:
     """`rotate` in torch on any device."""
     wide = wide_dtype(x.dtype)
-    half = cos.shape[-1] // 2
-    first, second = x[..., :half], x[..., half : 2 * half]
-    a, b = first.to(wide), second.to(wide)
-    (cos_a, cos_b), (sin_a, sin_b) = (t.to(wide).unsqueeze(2).split(half, -1) for t in (cos, sin))
+    rotated = cos.shape[-1]
+    a, b = x[..., :rotated].to(wide).chunk(2, -1)
+    (cos_a, cos_b), (sin_a, sin_b) = (t.to(wide).unsqueeze(2).chunk(2, -1) for t in (cos, sin))
     sin_a, sin_b = (-sin_b, -sin_a) if inverse else (sin_a, sin_b)
     turned = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-    first.copy_(turned[0])
-    second.copy_(turned[1])
+    target = x if out is None else out
+    for half, values in zip(target[..., :rotated].chunk(2, -1), turned, strict=True):
+        half.copy_(values)
+    if out is not None:
+        out[..., rotated:].copy_(x[..., rotated:])
+    return target
 
 
 def norm_rotate(
@@ -105,6 +114,7 @@ def norm_rotate_backward(
     sin: Tensor | None,
     *,
     style: Style = "llama",
+    out: Tensor | None = None,
 ) -> Tensor:
     """dL/dx of `norm_rotate` with dL/dy = g; the weight is frozen.
 
@@ -116,21 +126,22 @@ def norm_rotate_backward(
         cos: (B or 1, S, R) as in `rotate`, or None.
         sin: as cos.
         style: "llama" or "gemma".
+        out: storage for the result, like x with strides of its own, sharing no memory with g or x. None makes it.
 
     Returns:
-        (B, S, H, D), contiguous, x's dtype.
+        (B, S, H, D), x's dtype; contiguous unless it is `out`.
 
     Raises:
         InputError: shapes, dtypes, devices or strides that do not fit; an unknown style.
     """
     check_norm(weight, x, style)
-    _check_heads(x, cos, sin, x=x, g=g)
+    _check_heads(x, cos, sin, x=x, g=g, out=out)
     check_like("rstd", rstd, tuple(x.shape[:3]), x, dtype=False)
     if not rstd.is_contiguous():
         raise InputError(f"rstd has strides {rstd.stride()}: expected it contiguous, as norm_rotate returned it")
     kernels = triton_form(x, "rotary_triton")
     form = norm_rotate_backward_torch if kernels is None else kernels.norm_rotate_backward
-    result: Tensor = form(g, x, weight, rstd, cos, sin, style=style)
+    result: Tensor = form(g, x, weight, rstd, cos, sin, style=style, out=out)
     return result
 
 
@@ -143,20 +154,23 @@ def norm_rotate_backward_torch(
     sin: Tensor | None,
     *,
     style: Style = "llama",
+    out: Tensor | None = None,
 ) -> Tensor:
     """`norm_rotate_backward` in torch on any device."""
     turned = g
     if cos is not None and sin is not None:
         turned = g.to(wide_dtype(x.dtype), copy=True)
         rotate_torch(turned, cos, sin, inverse=True)
-    return rms_norm_backward_torch(turned, x, weight, rstd, style=style).contiguous()
+    dx = rms_norm_backward_torch(turned, x, weight, rstd, style=style, out=out)
+    return dx.contiguous() if out is None else dx
 
 
-def _check_heads(like: Tensor, cos: Tensor | None, sin: Tensor | None, **tensors: Tensor) -> None:
+def _check_heads(like: Tensor, cos: Tensor | None, sin: Tensor | None, **tensors: Tensor | None) -> None:
     if like.dim() != 4:
         raise InputError(f"x has shape {tuple(like.shape)}: expected (batch, tokens, heads, head size)")
     for name, t in tensors.items():
-        check_like(name, t, tuple(like.shape), like)
+        if t is not None:
+            check_like(name, t, tuple(like.shape), like)
     if cos is None or sin is None:
         if cos is not sin:
             raise InputError("cos or sin is missing: expected both or, for no rotation, neither")

@@ -4,6 +4,7 @@ Tensors of B S H D values that pass through memory, and the time at 3.0 TB/s for
 (67 MB; keys with 8 heads take a quarter):
 
     rotate                  x -> x         2 (of it the share R / D)    45 us
+    rotate elsewhere        x -> out       2                            45 us
     norm_rotate             x -> y         2                            45 us
     norm_rotate_backward    g, x -> dx     3                            67 us
 
@@ -63,32 +64,44 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     x,
     cos,
     sin,
+    out,
     length,
     x_batch,
     x_token,
     x_head,
+    out_batch,
+    out_token,
+    out_head,
     cos_batch,
     cos_token,
     sin_batch,
     sin_token,
     COUNT: tl.constexpr,
+    SIZE: tl.constexpr,
     R_HALF: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    REST: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
     _token, batch, place = _place(length)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
     lane = tl.arange(0, HALF)[None, :]
-    mask = (head < COUNT) & (lane < R_HALF)
-    at = x + batch * x_batch + place * x_token + head * x_head + lane
-    a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(at + R_HALF, mask=mask, other=0.0).to(tl.float32)
+    live = head < COUNT
+    mask = live & (lane < R_HALF)
+    x += batch * x_batch + place * x_token + head * x_head
+    out += batch * out_batch + place * out_token + head * out_head
+    a = tl.load(x + lane, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x + R_HALF + lane, mask=mask, other=0.0).to(tl.float32)
     cos += batch * cos_batch + place * cos_token
     sin += batch * sin_batch + place * sin_token
     first, second = _turned(a, b, cos, sin, lane, R_HALF, INVERSE)
-    tl.store(at, first.to(x.dtype.element_ty), mask=mask)
-    tl.store(at + R_HALF, second.to(x.dtype.element_ty), mask=mask)
+    tl.store(out + lane, first.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + R_HALF + lane, second.to(out.dtype.element_ty), mask=mask)
+    if REST > 0:
+        last = 2 * R_HALF + tl.arange(0, REST)[None, :]
+        within = live & (last < SIZE)
+        tl.store(out + last, tl.load(x + last, mask=within, other=0.0), mask=within)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -183,6 +196,9 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     x_batch,
     x_token,
     x_head,
+    dx_batch,
+    dx_token,
+    dx_head,
     cos_batch,
     cos_token,
     sin_batch,
@@ -201,7 +217,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     live = head < COUNT
     g += batch * g_batch + place * g_token
     x += batch * x_batch + place * x_token
-    dx += (token * COUNT + head) * SIZE
+    dx += batch * dx_batch + place * dx_token + head * dx_head
     scale = tl.load(rstd + token * COUNT + heads, mask=heads < COUNT, other=0.0).to(tl.float32)[:, None]
     products = tl.zeros([HEADS], dtype=tl.float32)
     if R_HALF > 0:
@@ -254,27 +270,40 @@ def _strides(t: Tensor | None) -> tuple[int, int]:
 
 
 def rotate(
-    x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False, tile: int = TILE, per_thread: int = PER_THREAD
-) -> None:
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    inverse: bool = False,
+    out: Tensor | None = None,
+    tile: int = TILE,
+    per_thread: int = PER_THREAD,
+) -> Tensor:
     """`rotary.rotate_torch` in one kernel; all tensors on one CUDA device, last dimensions contiguous.
 
     `tile` and `per_thread` (powers of two) are for measuring and change no value.
     """
+    target = x if out is None else out
     if not x.numel():
-        return
+        return target
     grid, constants = _shape(x, cos.shape[2], tile, per_thread)
     with torch.cuda.device_of(x):
         _rotate_kernel[grid](
             x,
             cos,
             sin,
+            target,
             x.shape[1],
             *x.stride()[:3],
+            *target.stride()[:3],
             *_strides(cos),
             *_strides(sin),
+            SIZE=x.shape[3],
+            REST=0 if out is None else _rest(x.shape[3], cos.shape[2]),
             INVERSE=inverse,
             **constants,
         )
+    return target
 
 
 def norm_rotate(
@@ -325,11 +354,12 @@ def norm_rotate_backward(
     sin: Tensor | None,
     *,
     style: Style = "llama",
+    out: Tensor | None = None,
     tile: int = TILE,
     per_thread: int = PER_THREAD,
 ) -> Tensor:
     """`rotary.norm_rotate_backward_torch` in one kernel; otherwise as `rotate` here."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     if not x.numel():
         return dx
     rotated = 0 if cos is None else cos.shape[2]
@@ -346,6 +376,7 @@ def norm_rotate_backward(
             x.shape[1],
             *g.stride()[:3],
             *x.stride()[:3],
+            *dx.stride()[:3],
             *_strides(cos),
             *_strides(sin),
             SIZE=x.shape[3],

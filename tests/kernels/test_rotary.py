@@ -97,6 +97,20 @@ def heads(name, shape, dtype, device, *, layout="plain"):
     return x
 
 
+class Framed:
+    """Room for heads with strides that no input has, within 7s."""
+
+    def __init__(self, shape, dtype, device):
+        batch, length, count, size = shape
+        self.buffer = torch.full((length, count + 2, batch, size + 5), 7.0, dtype=dtype, device=device)
+        self.inside = self.buffer[:, 1:-1, :, 3:-2].permute(2, 0, 1, 3)
+
+    def untouched(self):
+        """Whether nothing was written beside; what was written inside is gone after."""
+        self.inside.fill_(7.0)
+        return (self.buffer == 7).all()
+
+
 def angles(shape, rotated, shared, device, *, dtype=torch.float32):
     """cos and sin without any relation between them or their halves, so that a transpose is no inverse."""
     size = (1 if shared else shape[0], shape[1], rotated)
@@ -136,12 +150,17 @@ def test_rotation_is_float64s(form, dtype, shape, rotated, shared, layout):
     cos, sin = angles(shape, rotated, shared, form.device, dtype=torch.float32 if layout == "view" else dtype)
     leaf = x.double().requires_grad_()
     wanted = turned(leaf, cos, sin)
-    form.rotate(x, cos, sin)
-    assert_rounded(x, wanted.detach())
     g = heads("g", shape, dtype, form.device, layout=layout)
     (back,) = torch.autograd.grad(wanted, leaf, g.double())
-    form.rotate(g, cos, sin, inverse=True)
-    assert_rounded(g, back)
+    for t, expected, inverse in ((x, wanted.detach(), False), (g, back, True)):
+        before, framed = t.clone(), Framed(shape, dtype, form.device)
+        assert form.rotate(t, cos, sin, inverse=inverse, out=framed.inside) is framed.inside
+        assert torch.equal(t, before)
+        assert form.rotate(t, cos, sin, inverse=inverse) is t
+        assert torch.equal(framed.inside[..., rotated:], t[..., rotated:])
+        for got in (t, framed.inside):
+            assert_rounded(got, expected)
+        assert framed.untouched()
     if layout == "view":
         assert all((t._base[:, :, :1] == 7).all() and (t._base[:, :, -2:] == 7).all() for t in (x, g))
 
@@ -177,9 +196,13 @@ def test_norm_and_rotation_are_float64s(form, dtype, shape, rotated, shared, rot
     before = g.clone(), x.clone()
     dx = form.norm_rotate_backward(g, x, weight, rstd, cos, sin, style=style)
     assert dx.dtype == dtype and dx.is_contiguous()
+    framed = Framed(shape, dtype, form.device)
+    assert form.norm_rotate_backward(g, x, weight, rstd, cos, sin, style=style, out=framed.inside) is framed.inside
     # Sums over the head of products of three random values, then times rstd: float32's error is not relative to dx.
     share = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
-    torch.testing.assert_close(dx.double(), slope, rtol=share + 1e-5, atol=1e-5 * float(slope.abs().max()))
+    for got in (dx, framed.inside):
+        torch.testing.assert_close(got.double(), slope, rtol=share + 1e-5, atol=1e-5 * float(slope.abs().max()))
+    assert framed.untouched()
     assert torch.equal(g, before[0]) and torch.equal(x, before[1])
 
 
@@ -205,7 +228,9 @@ def test_tiles_of_any_size_agree(form, tile):
     dx = form.norm_rotate_backward(g, x, weight, rstd, cos, sin, **small)
     wanted = form.norm_rotate_backward(g, x, weight, rstd, cos, sin)
     torch.testing.assert_close(dx, wanted, rtol=1e-6, atol=1e-5)
+    wide = form.rotate(x, cos, sin, out=torch.empty_like(x), **small)
     form.rotate(x, cos, sin, **small)
+    torch.testing.assert_close(wide, x, rtol=1e-6, atol=1e-6)
     form.rotate(x, cos, sin, inverse=True)
     again = heads("x", shape, torch.float32, form.device)
     form.rotate(again, cos, sin)
@@ -343,6 +368,16 @@ def test_what_does_not_fit_is_refused(change, message):
     given = dict(x=torch.ones(2, 3, 4, 8), weight=torch.ones(8), cos=angle, sin=angle, eps=EPS) | change
     with pytest.raises(InputError, match=message):
         rotary.norm_rotate(**given)
+
+
+def test_storage_that_does_not_fit_is_refused():
+    x, angle = torch.ones(2, 3, 4, 8), torch.ones(1, 3, 8)
+    with pytest.raises(InputError, match=r"out is torch\.float16"):
+        rotary.rotate(x, angle, angle, out=x.half())
+    with pytest.raises(InputError, match="out has a stride of 4"):
+        rotary.norm_rotate_backward(
+            x, x, torch.ones(8), torch.ones(2, 3, 4), angle, angle, out=torch.ones(2, 3, 8, 4).transpose(2, 3)
+        )
 
 
 def test_a_gradient_that_does_not_fit_is_refused():
