@@ -4,7 +4,8 @@ Both stages of double quantisation are undone in registers, so what passes throu
 value written each. Exactness needs two roundings in absmax = code[q] absmax2 + offset, hence `enable_fp_fusion=False`
 (the compiler would make it one fused multiply-add), and true divisions.
 
-Programs take whole blocks: the scales are then one load for a block and not one for a value. Flat indices are 64-bit.
+Values are read by words of 8 codes where a range, and each row of an output whose rows lie apart, is a whole number of
+words; else by blocks. Both take 0.055 ms for (14336, 4096) in bfloat16 on an H100, 2.67 TB/s. Flat indices are 64-bit.
 """
 
 from __future__ import annotations
@@ -16,13 +17,10 @@ from torch import Tensor
 
 from deltaw.kernels.nf4 import NESTED_BLOCK, SMALLEST_DIVISOR, NestedScales
 
-#: Values of one program (at least one block).
+#: Values of one program that takes whole blocks (at least one).
 TILE = 8192
 
-#: Whether `_dequantize_words_kernel` takes the ranges that fit it.
-BY_WORDS = False
-
-#: Its words of 8 codes in one program, and warps: a word or two for each thread.
+#: Words of 8 codes in one program that takes words, and its warps: a word or two for each thread.
 WORD_TILE = 512
 WORD_WARPS = 8
 
@@ -63,7 +61,7 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + (at - start), values.to(out.dtype.element_ty), mask=(at >= start) & (at < stop))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["first", "count", "row_words"])  # type: ignore[untyped-decorator]
 def _dequantize_words_kernel(  # type: ignore[no-untyped-def]
     codes,
     code,
@@ -74,6 +72,9 @@ def _dequantize_words_kernel(  # type: ignore[no-untyped-def]
     out,
     first,
     count,
+    row_words,
+    out_row,
+    APART: tl.constexpr,
     WORDS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     NESTED: tl.constexpr,
@@ -81,9 +82,8 @@ def _dequantize_words_kernel(  # type: ignore[no-untyped-def]
 ):
     """Words of 8 codes, each by one thread, which loads 4 bytes and stores 8 values, 16 bytes in 16 bits.
 
-    A thread of `_dequantize_kernel` loads 16 bytes of codes, and its 32 values go through shared memory to be stored
-    side by side, with 64-bit offsets and masks for each. Here the load's layout is the store's: a warp reads 128 bytes
-    in a row and writes 512 in a row, and 64-bit arithmetic and masks come once a word.
+    The load's layout is the store's: a warp reads 128 bytes in a row and writes 512 in a row, and 64-bit arithmetic and
+    masks come once a word. Where rows lie apart, so does the division that finds a word's row, in 32 bits.
     """
     begin = tl.program_id(0).to(tl.int64) * WORDS
     # Claiming no more than single words keeps the compiler from giving a thread four of them.
@@ -99,8 +99,14 @@ def _dequantize_words_kernel(  # type: ignore[no-untyped-def]
     # Little-endian, and the earlier code of a byte in its high half.
     q = (packed[:, None] >> ((place ^ 1) * 4).to(tl.uint32)[None, :]) & 15
     values = tl.load(code + q) * scale[:, None]
-    at = word[:, None] * 8 + place[None, :]
-    tl.store(out + begin * 8 + at, values.to(out.dtype.element_ty), mask=live[:, None])
+    if APART:
+        # Words from the beginning of the row in which the program begins.
+        ahead = (begin % row_words).to(tl.int32) + word
+        row = begin // row_words + ahead // row_words
+        out += row[:, None] * out_row + (ahead % row_words)[:, None] * 8
+    else:
+        out += begin * 8 + word[:, None] * 8
+    tl.store(out + place[None, :], values.to(out.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -142,27 +148,37 @@ def dequantize_4bit(
     stop: int,
     out: Tensor,
     block_size: int = 64,
-    by_words: bool | None = None,
 ) -> None:
     """`nf4.dequantize_4bit_torch` in one kernel, both forms of scales; all tensors on one CUDA device.
 
-    `by_words` is `BY_WORDS` unless given; ranges of whole, aligned words of 8 codes can be taken so.
+    Rows that lie apart and are no whole number of words are made side by side and copied.
     """
     if start == stop:
         return
+    apart = not out.is_contiguous()
+    words = (start | stop | (out.shape[1] if apart else 0)) % 8 == 0 and codes.data_ptr() % 4 == 0
+    if apart and not words:
+        values = torch.empty_like(out, memory_format=torch.contiguous_format)
+        dequantize_4bit(codes, code, scales, start=start, stop=stop, out=values, block_size=block_size)
+        out.copy_(values)
+        return
     nested = isinstance(scales, NestedScales)
     parts = [scales.q, scales.code, scales.absmax, scales.offset] if isinstance(scales, NestedScales) else [scales] * 4
-    codes, parts = codes.contiguous(), [part.contiguous().to(codes.device) for part in parts]
-    words = start % 8 == 0 and stop % 8 == 0 and codes.data_ptr() % 4 == 0
+    codes, *parts = [_beside(codes, part) for part in (codes, *parts)]
     with torch.cuda.device_of(codes):
-        if words and (BY_WORDS if by_words is None else by_words):
-            _dequantize_words_kernel[(triton.cdiv((stop - start) // 8, WORD_TILE),)](
+        if words:
+            count = (stop - start) // 8
+            row_words, out_row = (out.shape[1] // 8, out.stride(0)) if apart else (1, 1)
+            _dequantize_words_kernel[(-(-count // WORD_TILE),)](
                 codes,
                 code,
                 *parts,
                 out,
                 start // 8,
-                (stop - start) // 8,
+                count,
+                row_words,
+                out_row,
+                APART=apart,
                 WORDS=WORD_TILE,
                 BLOCK_WORDS=block_size // 8,
                 NESTED=nested,
@@ -173,7 +189,7 @@ def dequantize_4bit(
             return
         blocks = max(1, TILE // block_size)
         touched = -(-stop // block_size) - start // block_size
-        _dequantize_kernel[(triton.cdiv(touched, blocks),)](
+        _dequantize_kernel[(-(-touched // blocks),)](
             codes,
             code,
             *parts,
@@ -188,6 +204,11 @@ def dequantize_4bit(
             num_warps=8,
             enable_fp_fusion=False,
         )
+
+
+def _beside(codes: Tensor, part: Tensor) -> Tensor:
+    """Contiguous on the codes' device; a look costs less than the calls that would change nothing."""
+    return part if part.device == codes.device and part.is_contiguous() else part.contiguous().to(codes.device)
 
 
 def quantize_4bit(x: Tensor, code: Tensor, *, block_size: int = 64) -> tuple[Tensor, Tensor]:

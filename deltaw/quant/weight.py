@@ -138,7 +138,8 @@ class NF4Weight:
         Args:
             rows: consecutive ones; None means all.
             dtype: of the result; None means `out`'s or else the weight's.
-            out: (rows, in), contiguous, of `dtype`, to write to, such as some rows of a larger matrix; None makes it.
+            out: (rows, in) of `dtype`, to write to, such as some rows and columns of a larger matrix: values side by
+                side within rows, which lie any distance apart. None makes it, contiguous.
 
         Raises:
             InputError: an `out` that does not fit.
@@ -148,13 +149,8 @@ class NF4Weight:
         columns = self.shape[1]
         count = max(stop - start, 0)
         dtype = dtype or (self.dtype if out is None else out.dtype)
-        if out is not None and (
-            (out.shape, out.dtype, out.device) != ((count, columns), dtype, self.device) or not out.is_contiguous()
-        ):
-            raise InputError(
-                f"out is {out.dtype} of shape {tuple(out.shape)}, strides {out.stride()}, on {out.device}: "
-                f"expected {dtype}, contiguous, ({count}, {columns}), on {self.device}"
-            )
+        if out is not None and out.shape != (count, columns):
+            raise InputError(f"out has shape {tuple(out.shape)}: expected ({count}, {columns})")
         values = dequantize_4bit(
             self.codes,
             nf4_code(self.device),
@@ -163,7 +159,7 @@ class NF4Weight:
             stop=(start + count) * columns,
             dtype=dtype,
             block_size=self.block_size,
-            out=None if out is None else out.view(-1),
+            out=out,
         )
         return values.view(count, columns) if out is None else out
 
@@ -215,7 +211,7 @@ def dequantize_all(weights: Sequence[NF4Weight], out: Tensor) -> Tensor:
 
     Args:
         weights: each (rows_i, in).
-        out: (sum of rows_i, in), contiguous; the values are in its dtype.
+        out: (sum of rows_i, in), as for `NF4Weight.dequantize`; the values are in its dtype.
 
     Raises:
         InputError: an `out` that does not fit.

@@ -125,14 +125,14 @@ def test_dequantising_is_the_reference(device, dtype, block_size, start, stop):
 def test_dequantising_by_words_is_the_reference(monkeypatch, device, dtype, block_size, start, stop):
     from deltaw.kernels import nf4_triton
 
-    # Whoever asks for words must not silently get the other kernel.
+    # What is whole words must not silently go to the other kernel.
     monkeypatch.setattr(nf4_triton, "_dequantize_kernel", None)
     code = nf4_code(torch.device(device))
     codes, absmax = nf4.quantize_4bit_torch(matrix(20001, torch.float32, device), code, block_size=block_size)
     for scales in both_scales(absmax):
         got, wanted = (torch.full((stop - start + 16,), 9.0, dtype=dtype, device=device) for _ in range(2))
         place = {"start": start, "stop": stop, "block_size": block_size}
-        nf4_triton.dequantize_4bit(codes, code, scales, out=got[8:-8], by_words=True, **place)
+        nf4_triton.dequantize_4bit(codes, code, scales, out=got[8:-8], **place)
         nf4.dequantize_4bit_torch(codes, code, scales, out=wanted[8:-8], **place)
         assert torch.equal(got, wanted)
 
@@ -148,7 +148,7 @@ def test_ranges_that_are_no_words_take_the_other_kernel(monkeypatch, device, sta
     # The same bytes at an address that is no word's.
     codes = torch.cat([codes.new_zeros(shift), codes])[shift:]
     got, wanted = torch.empty(stop - start, device=device), torch.empty(stop - start, device=device)
-    nf4_triton.dequantize_4bit(codes, code, absmax, start=start, stop=stop, out=got, by_words=True)
+    nf4_triton.dequantize_4bit(codes, code, absmax, start=start, stop=stop, out=got)
     nf4.dequantize_4bit_torch(codes, code, absmax, start=start, stop=stop, out=wanted)
     assert torch.equal(got, wanted)
 
@@ -164,11 +164,39 @@ def test_scales_are_rounded_twice(device):
     scales = both_scales(absmax)[1]
     once = scales.code.double()[scales.q.long()] * scales.absmax.double().repeat_interleave(256)[: len(absmax)]
     assert ((once + scales.offset.double()).float() != scales.values()).sum() > len(absmax) / 100
-    wanted = torch.empty(count, device=device)
-    nf4.dequantize_4bit_torch(codes, code, scales, start=0, stop=count, out=wanted)
-    for by_words in (False, True):
-        got = torch.empty(count, device=device)
-        nf4_triton.dequantize_4bit(codes, code, scales, start=0, stop=count, out=got, by_words=by_words)
+    # By words and by blocks.
+    for stop in (count, count - 1):
+        got, wanted = torch.empty(stop, device=device), torch.empty(stop, device=device)
+        for values, read in ((got, nf4_triton.dequantize_4bit), (wanted, nf4.dequantize_4bit_torch)):
+            read(codes, code, scales, start=0, stop=stop, out=values)
+        assert torch.equal(got, wanted)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", OUT_DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "apart", "block_size", "launched"),
+    [
+        (3, 64, 67, 64, "words"), (5, 1000, 1001, 32, "words"), (2, 4104, 5000, 4096, "words"),
+        (700, 8, 16, 64, "words"), (1, 8, 9, 64, "words"), (7, 33, 40, 64, "blocks"), (2, 100, 128, 32, "blocks"),
+        (9, 1, 5, 64, "blocks"),
+    ],
+)  # fmt: skip
+def test_rows_may_lie_apart(monkeypatch, device, dtype, rows, columns, apart, block_size, launched):
+    from deltaw.kernels import nf4_triton
+
+    monkeypatch.setattr(nf4_triton, "_dequantize_kernel" if launched == "words" else "_dequantize_words_kernel", None)
+    code, start = nf4_code(torch.device(device)), 3 * columns
+    codes, absmax = nf4.quantize_4bit_torch(
+        matrix((rows + 4) * columns, torch.float32, device), code, block_size=block_size
+    )
+    place = {"start": start, "stop": start + rows * columns, "block_size": block_size}
+    for scales in both_scales(absmax):
+        got, wanted = (torch.full((rows + 2, apart + 9), 9.0, dtype=dtype, device=device) for _ in range(2))
+        nf4_triton.dequantize_4bit(codes, code, scales, out=got[1:-1, 8 : columns + 8], **place)
+        flat = torch.empty(rows * columns, dtype=dtype, device=device)
+        nf4.dequantize_4bit_torch(codes, code, scales, out=flat, **place)
+        wanted[1:-1, 8 : columns + 8] = flat.view(rows, columns)
         assert torch.equal(got, wanted)
 
 
@@ -176,19 +204,20 @@ def test_scales_are_rounded_twice(device):
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("by_words", [False, True])
-def test_beyond_two_to_the_31_values(monkeypatch, by_words, double_quant):
+@pytest.mark.parametrize("columns", [None, 4096])
+def test_beyond_two_to_the_31_values(columns, double_quant):
     """The kernels by way of their callers, compared chunk by chunk at the ends and in the middle."""
-    from deltaw.kernels import nf4_triton
-
-    monkeypatch.setattr(nf4_triton, "BY_WORDS", by_words)
-    count = 2**31 + (12344 if by_words else 12345)
+    count = 2**31 + (12345 if columns is None else 3 * columns)
     code = nf4_code(torch.device("cuda"))
     x = torch.randn(1 << 20, generator=generator(0, "x")).to("cuda", torch.bfloat16).repeat(-(-count // (1 << 20)))
     x = x[:count]
     codes, absmax = nf4.quantize_4bit(x, code)
     scales = both_scales(absmax)[double_quant]
-    values = nf4.dequantize_4bit(codes, code, scales, start=0, stop=count, dtype=torch.bfloat16)
+    out = None
+    if columns is not None:
+        out = torch.empty(count // columns, columns + 24, dtype=torch.bfloat16, device="cuda")[:, :columns]
+    values = nf4.dequantize_4bit(codes, code, scales, start=0, stop=count, dtype=torch.bfloat16, out=out)
+    values = values.reshape(-1)
     for start, stop in ((0, 1 << 20), (2**31 - 12321, 2**31 + 777), (count - 9999, count)):
         # Whole blocks, but for the very last: a part of one has another scale.
         begin, end = start // 64 * 64, min(-(-stop // 64) * 64, count)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from deltaw.core.errors import InputError
 from deltaw.core.generators import generator
 from deltaw.core.protocols import BaseWeight
+from deltaw.kernels import nf4
 from deltaw.kernels.lora_linear import lora_linear
 from deltaw.kernels.nf4 import NestedScales
 from deltaw.quant.codebooks import NF4_VALUES, dynamic_code
@@ -85,23 +86,37 @@ def test_values_go_where_they_are_told(columns, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 33, 64])
+def test_rows_may_lie_apart(monkeypatch, columns, dtype):
+    monkeypatch.setattr(nf4, "DEQUANTIZE_CHUNK", 128)
+    weight = NF4Weight.quantize(drawn(9, columns), dtype=torch.float16)
+    buffer = torch.full((11, columns + 5), 7.0, dtype=dtype)
+    given = buffer[2:9, 3:-2]
+    assert weight.dequantize(slice(1, 8), out=given) is given
+    expected = torch.full_like(buffer, 7.0)
+    expected[2:9, 3:-2] = values_of(weight, dtype)[1:8]
+    assert torch.equal(buffer, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_several_weights_lie_under_one_another(dtype):
     weights = [NF4Weight.quantize(drawn(rows, 33, seed=rows), double_quant=rows > 1) for rows in (3, 1, 7)]
-    out = torch.full((11, 33), math.nan, dtype=dtype)
+    out = torch.full((11, 40), math.nan, dtype=dtype)[:, 7:]
     assert dequantize_all(weights, out) is out
     assert torch.equal(out, torch.cat([values_of(weight, dtype) for weight in weights]))
 
 
 def test_a_buffer_that_does_not_fit_is_an_error():
     weight = NF4Weight.quantize(drawn(4, 6))
-    for out, dtype in [
-        (torch.empty(4, 5), None),
-        (torch.empty(6, 4).t(), None),
-        (torch.empty(24), None),
-        (torch.empty(4, 6), torch.float16),
-        (torch.empty(4, 6, device="meta"), None),
+    for out, dtype, message in [
+        (torch.empty(4, 5), None, r"shape \(4, 5\): expected \(4, 6\)"),
+        (torch.empty(24), None, r"shape \(24,\): expected \(4, 6\)"),
+        (torch.empty(6, 4).t(), None, r"strides \(1, 4\).* expected torch.float32, 24 values in contiguous rows"),
+        (torch.empty(6).expand(4, 6), None, r"strides \(0, 1\).* in contiguous rows"),
+        (torch.empty(4, 6), torch.float16, "expected torch.float16, 24 values"),
+        (torch.empty(4, 6, device="meta"), None, "on meta: .* on cpu"),
     ]:
-        with pytest.raises(InputError, match=r"expected torch.float(16|32), contiguous, \(4, 6\)"):
+        with pytest.raises(InputError, match=message):
             weight.dequantize(dtype=dtype, out=out)
     for weights, shape in [
         ([weight, weight], (7, 6)),
