@@ -13,9 +13,9 @@ costs
 
     16 M N r / columns + 24 M N r / strip bytes
 
-beside 10 M N: at rank 16, 256 columns and strips of 1,184 tokens 10 + 3.2 %; at rank 32, 20 + 6.5 %; at rank 64 with
-128 columns, 80 + 13 %. Separate functions read dgate, dup and act again and write act first: 80 %, and 120 % at ranks
-where the first two are read twice. Half of those bytes are memory for a while: 78, 156 and 546 MB at this shape.
+beside 10 M N: at rank 16, 128 columns and strips of 1,184 tokens 20 + 3.2 %; at rank 32 with 256 columns, 20 + 6.5 %;
+at rank 64 with 128, 80 + 13 %. Separate functions read dgate, dup and act again and write act first: 80 %, and 120 % at
+ranks where the first two are read twice. Half of those bytes are memory for a while: 136, 156 and 546 MB at this shape.
 
 Every stored value depends on what was loaded from the same place, so storage may be shared with an input.
 """
@@ -37,9 +37,10 @@ TILE = (4, 1024, 8)
 #: The same where the factors' gradients are added up, whose sums take registers; rows that a program goes through then.
 SUMMED_TILE = (2, 512, 4)
 SUMMED_ROWS = 64
-#: Rows and columns of a step, warps and stages of the kernel with the low-rank sums, by the padded rank. Four warps
-#: for rank 16: with eight the compiler moves the sums between two layouts in every step.
-LOW_RANK_TILES = {16: (16, 256, 4, 2), 32: (16, 256, 8, 2), 64: (16, 128, 8, 2)}
+#: Rows and columns of a step, warps and stages of the kernel with the low-rank sums, by the padded rank. At rank 16 and
+#: the shape above an H100 takes 0.62 ms; with (16, 128, 4, 2) 0.72, with (32, 64, 4, 3) 0.71, and with (16, 256, 4, 2),
+#: which halves the larger partial sums but does not fit the registers, 0.82.
+LOW_RANK_TILES = {16: (32, 128, 4, 2), 32: (16, 256, 8, 2), 64: (16, 128, 8, 2)}
 #: The same for float32, whose products use no tensor cores and are worth it for small ranks only.
 LOW_RANK_TILES_32 = {16: (16, 64, 4, 1)}
 #: Rows of the tensor cores' tile.

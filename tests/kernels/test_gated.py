@@ -278,6 +278,17 @@ def test_kernel_of_the_low_rank_sums(dtype, factors, write_act, shape, rank, str
 
 
 @kernels
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("factors", [False, True])
+def test_kernel_of_the_low_rank_sums_in_its_own_tiles(dtype, factors):
+    """More than one tile and strip of tokens and columns, and a rest of each."""
+    from deltaw.kernels import gated_triton
+
+    case = Case(150, 150, dtype, activation="silu", factors=factors, device=DEVICE, rank=16)
+    check_low_rank(case, gated_triton.gated_backward_low_rank, write_act=True, strips=3)
+
+
+@kernels
 def test_kernel_of_the_low_rank_sums_takes_other_dtypes_and_no_tokens():
     from deltaw.kernels import gated_triton
 
