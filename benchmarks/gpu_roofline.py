@@ -210,3 +210,34 @@ def roofline(name: str, batch: int, length: int, *, keep: str, base: str, tflops
             sizes = f"{weight_bytes(shape, weights) / 1e9:.1f} | {kept_bytes(shape, tokens, policy) / 1e9:.1f}"
             lines.append(f"| {weights} | `{policy}`: {meaning} | {sizes} | {total * 1e3:.1f} | {tokens / total:,.0f} |")
     return "\n".join(lines)
+
+
+def sharded_bytes(shape: Shape, base: str, gpus: int) -> dict[str, float]:
+    """What a GPU holds under FSDP2 while steps run, beside what layers keep; its most before that is the whole model.
+
+    Embedding, head and last norm stay gathered from the first use to the end of a step. Of the layers the one that
+    runs is, the one before it still is, and the next one is on its way.
+    """
+    packed = NARROW if base == "nf4" else WIDE
+    layer = shape.layer_parameters * packed + 2 * shape.width * WIDE
+    # Values, gradient and AdamW's two states, in float32.
+    trained = 4 * 4 * shape.adapter_parameters
+    return {
+        "its part of the base": weight_bytes(shape, base) / gpus,
+        "its part of adapter, gradients and AdamW": trained / gpus,
+        "embedding and head, gathered": weight_bytes(shape, base) - shape.layers * layer,
+        "layers, gathered": 3 * (layer + 4 * shape.adapter_parameters / shape.layers),
+    }
+
+
+def sharded_table(name: str, gpus: int) -> str:
+    """The memory of a shape under FSDP2, as Markdown."""
+    shape = SHAPES[name]
+    found = {base: sharded_bytes(shape, base, gpus) for base in ("bfloat16", "nf4")}
+    columns = [*found["nf4"], "all"]
+    lines = [f"{name} under FSDP2 on {gpus} GPUs, GB of each, beside what layers keep:\n"]
+    lines += [f"| base | the whole base, at first | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for base, parts in found.items():
+        sizes = [weight_bytes(shape, base), *parts.values(), sum(parts.values())]
+        lines.append(f"| {base} | {' | '.join(f'{size / 1e9:.1f}' for size in sizes)} |")
+    return "\n".join(lines)

@@ -1,7 +1,9 @@
-"""Training speed and memory on one GPU: deltaw's rows and every peer that is installed, beside the card's own limits.
+"""Training speed and memory on GPUs: deltaw's rows and every peer that is installed, beside the card's own limits.
 
     python benchmarks/gpu_train.py [--batch 4] [--length 2048] [--systems ROW ...] [--profile] [--out FILE]
-    python benchmarks/gpu_train.py --roofline [--base nf4] [--keep input] [--ceilings 750 3.0]
+    python benchmarks/gpu_train.py --gpus 2
+    python benchmarks/gpu_train.py --shape llama-70b --batch 1 --systems qlora-fsdp2x2@max
+    python benchmarks/gpu_train.py --roofline [--gpus 2] [--base nf4] [--keep input] [--ceilings 750 3.0]
 
 Random weights in bfloat16, rank 16 on the seven projections of every layer, no dropout, tokens drawn at random, the
 median of 8 steps after 3. Every row has a process of its own and a time limit; one that fails, is not installed or
@@ -9,10 +11,16 @@ runs out of memory is a line of the table. deltaw's rows are `deltaw train`'s ow
 keys that a run's YAML has) on rows that are in memory: loader, checks for NaN, clipping and logging are in its times.
 Peers run forward, backward and a fused AdamW, and nothing else.
 
-deltaw's rows are METHOD[-fp8[-but-down]][-general][-gc][@BUDGET] with METHOD lora, qlora, dora or qdora: `fp8` with
--fp8, `fast` off with -general, `gradient_checkpointing` with -gc, BUDGET the key `memory_budget`, `max` for all that
-the card has (on a CPU, which has no budget, layers are fused and the row says that none was given). Peers and `frozen`
-(stock transformers, forward and backward alone) recompute activations, but for -nogc; -offload is Unsloth's own way.
+deltaw's rows are METHOD[-ddpN|-fsdp2xN][-fp8[-but-down]][-general][-gc][@BUDGET] with METHOD lora, qlora, dora or
+qdora: `fp8` with -fp8, `fast` off with -general, `gradient_checkpointing` with -gc, BUDGET the key `memory_budget`,
+`max` for all that the card has (on a CPU, which has no budget, layers are fused and the row says that none was given).
+Peers and `frozen` (stock transformers, forward and backward alone) recompute activations, but for -nogc; -offload is
+Unsloth's own way.
+
+-ddpN and -fsdp2xN run on N GPUs of the machine through torchrun: copies of the model (DDP), or its parts (`sharding`
+fsdp2). --batch is each GPU's: N GPUs take N times the tokens of one in a step. Tokens/s are of all GPUs together,
+memory is that of the GPU which used most, and the share of the GEMM ceiling is a GPU's. A row on several GPUs says how
+many times faster it is than the same row on one, where that stands above it in the table.
 """
 
 from __future__ import annotations
@@ -23,32 +31,30 @@ import importlib.util
 import json
 import os
 import re
-import resource
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib import metadata
 from pathlib import Path
 
-from gpu_profile import PROFILED_STEPS, profile_of, profile_table
-from gpu_roofline import KEEPS, RANK, SHAPES, roofline, useful_flops, weight_bytes
+from gpu_profile import profile_table
+from gpu_roofline import KEEPS, RANK, SHAPES, roofline, sharded_table, useful_flops, weight_bytes
+from gpu_rows import OWN_ROW, gpus_of, on_one_gpu, work
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-#: Tokens that every tokenizer keeps for itself.
-SPECIAL = 4
+#: Seconds that torchrun has to end its processes: it asks them, waits for 30 s, and kills them.
+GRACE_S = 60
 PACKAGES = ("torch", "triton", "transformers", "peft", "unsloth", "liger-kernel", "bitsandbytes")
 
-OWN_ROW = re.compile(
-    r"(?P<method>q?(?:lo|do)ra)(?P<fp8>-fp8(?:-but-down)?)?(?P<general>-general)?(?P<gc>-gc)?(?:@(?P<budget>.+))?"
-)
 PEER_ROW = re.compile(
     r"frozen(?:-nogc)?|peft-q?(?:lo|do)ra(?:-liger)?(?:-nogc)?|unsloth-q?lora(?:-nogc)?|unsloth-qlora-offload"
 )
 OWN = ["lora@max", "qlora@max", "qlora@10.4GB", "qlora@8GB", "dora@max", "qdora@max", "qlora-fp8@max"]
+#: What `--gpus N` runs, N in the place of the braces.
+ON_SEVERAL = [
+    "lora@max", "lora-ddp{}@max", "lora-fsdp2x{}@max", "qlora@max", "qlora-ddp{}@max", "qlora-fsdp2x{}@max",
+]  # fmt: skip
 PEERS = [
     "frozen", "peft-lora", "peft-lora-nogc", "peft-lora-liger", "peft-lora-liger-nogc", "peft-qlora",
     "peft-qlora-nogc", "peft-qlora-liger", "peft-qlora-liger-nogc", "peft-dora", "peft-dora-nogc", "peft-qdora",
@@ -56,337 +62,22 @@ PEERS = [
     "unsloth-qlora-offload",
 ]  # fmt: skip
 
-# Models.
-
-
-def random_model(args: argparse.Namespace, *, four_bits: bool = False):
-    """A model with random weights, made on the device matrix by matrix; in 4 bits it never is there in 16."""
-    import torch
-    import transformers
-
-    config = SHAPES[args.shape].config(args.length)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    packed: set[str] = set()
-    if four_bits:
-        from deltaw.quant import NF4, quantizable
-        from deltaw.quant.model import quantized_parameter
-
-        packed = set(quantizable(model, NF4()))
-    draw = torch.Generator(args.device).manual_seed(0)
-    for path, module in model.named_modules():
-        for name, old in list(module._parameters.items()):
-            if old is None:
-                continue
-            made = torch.ones(old.shape, dtype=torch.bfloat16, device=args.device)
-            if old.dim() > 1:
-                made.normal_(std=SHAPES[args.shape].width ** -0.5, generator=draw)
-            if path in packed:
-                module._parameters[name] = quantized_parameter(made, False, NF4(), f"{path}.{name}")
-            else:
-                module._parameters[name] = torch.nn.Parameter(made)
-    # Its frequencies are computed when it is made, which a model without memory cannot.
-    with torch.device(args.device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model
-
-
-def make_folder(args: argparse.Namespace) -> None:
-    """Saves a random model, and a tokenizer for it, for peers that read folders only."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = Path(args.model_folder)
-    staging = folder.with_name(folder.name + ".tmp")
-    random_model(args).save_pretrained(staging, max_shard_size="4GB")
-    names = ["<pad>", "<s>", "</s>", "<unk>", *(f"t{i}" for i in range(SPECIAL, SHAPES[args.shape].vocab))]
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(staging)
-    staging.rename(folder)
-
-
-def recompute(model) -> None:
-    """Turns recomputation of activations on, under either of its names."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def unsloth_model(name: str, args: argparse.Namespace):
-    from unsloth import FastLanguageModel  # before transformers, which it rewrites
-    import torch  # isort: skip
-
-    model, _ = FastLanguageModel.from_pretrained(
-        args.model_folder,
-        max_seq_length=args.length,
-        dtype=torch.bfloat16,
-        load_in_4bit="qlora" in name,
-        local_files_only=True,
-    )
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=RANK,
-        lora_alpha=2 * RANK,
-        lora_dropout=0,
-        bias="none",
-        target_modules=TARGETS,
-        use_gradient_checkpointing={"nogc": False, "offload": "unsloth"}.get(name.split("-")[-1], True),
-    )
-    FastLanguageModel.for_training(model)
-    return model
-
-
-def stock_model(name: str, args: argparse.Namespace):
-    """PEFT's rows, with or without Liger's kernels, and the frozen model."""
-    import torch
-    import transformers
-
-    keeps, method = name.endswith("-nogc"), name.removeprefix("peft-").split("-")[0]
-    if "liger" in name:
-        import liger_kernel.transformers as liger
-
-        getattr(liger, f"apply_liger_kernel_to_{SHAPES[args.shape].family}")()
-    if method.startswith("q"):
-        from peft import prepare_model_for_kbit_training
-
-        four_bits = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            args.model_folder,
-            dtype=torch.bfloat16,
-            quantization_config=four_bits,
-            attn_implementation="sdpa",
-            device_map={"": 0 if args.device == "cuda" else "cpu"},
-        )
-        model.config.use_cache = False
-        model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=not keeps, gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
-    else:
-        model = random_model(args)
-        if not keeps:
-            recompute(model)
-    model.enable_input_require_grads()
-    if name.startswith("frozen"):
-        return model.requires_grad_(False).train()
-    from peft import LoraConfig, get_peft_model
-
-    dora = method.endswith("dora")
-    adapter = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, use_dora=dora, lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, adapter).train()
-
-
-# Rows: each in its own process.
-
-
-class Clock:
-    """Times and peaks of steps, waiting for the device at the end of each, and a profile of two steps after them."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        import torch
-
-        self.torch, self.args, self.cuda = torch, args, args.device == "cuda"
-        self.steps = args.warmup + args.steps
-        self.all_steps = self.steps + (PROFILED_STEPS if args.profile else 0)
-        self.times: list[float] = []
-        self.loss = float("nan")
-        self.row: dict = {}
-
-    def now(self) -> float:
-        """Seconds, once everything asked for is done."""
-        if self.cuda:
-            self.torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def start(self) -> None:
-        """What building took is not the steps'."""
-        if self.cuda:
-            self.torch.cuda.reset_peak_memory_stats()
-        self.last = self.now()
-
-    def tick(self, loss: float) -> None:
-        """A step has ended."""
-        self.times.append(self.now() - self.last)
-        self.loss = loss
-        if len(self.times) == self.steps:
-            self.row |= self.peaks()
-            if self.args.profile:
-                kinds = self.torch.profiler.ProfilerActivity
-                self.profiler = self.torch.profiler.profile(activities=[kinds.CUDA if self.cuda else kinds.CPU])
-                self.profiler.start()
-        elif len(self.times) == self.all_steps:
-            self.profiler.stop()
-            self.row["profile"] = profile_of(self.profiler, sum(self.times[self.steps :]), self.cuda)
-        self.last = self.now()
-
-    def peaks(self) -> dict:
-        """The most memory in use so far."""
-        if not self.cuda:
-            return {"peak_allocated_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        cuda = self.torch.cuda
-        return {
-            "peak_allocated_bytes": cuda.max_memory_allocated(),
-            "peak_reserved_bytes": cuda.max_memory_reserved(),
-        }
-
-    def results(self) -> dict:
-        """The row's figures."""
-        if self.loss != self.loss:
-            raise ValueError("the loss is NaN")
-        timed = self.times[self.args.warmup : self.steps]
-        return {
-            **self.row,
-            "tokens_per_s": self.args.batch * self.args.length / statistics.median(timed),
-            "step_s": statistics.median(timed),
-            "steps_s": timed,
-            "loss": self.loss,
-        }
-
-
-def own_keys(parsed: dict[str, str | None], args: argparse.Namespace) -> dict:
-    """A run's configuration keys."""
-    keys: dict = {
-        "method": parsed["method"],
-        "r": RANK,
-        "alpha": 2 * RANK,
-        "target_modules": TARGETS,
-        "max_length": args.length,
-        "batch_size": args.batch,
-        "micro_batch_size": args.batch,
-        "log_every": 1,
-        "gradient_checkpointing": parsed["gc"] is not None,
-        "fast": "off" if parsed["general"] else "on",
-        "fp8": {None: "none", "-fp8": "all"}.get(parsed["fp8"], "all-but-down"),
-    }
-    if parsed["budget"] not in (None, "max") and args.device == "cuda":
-        keys["memory_budget"] = parsed["budget"]
-    return keys
-
-
-def own_row(name: str, args: argparse.Namespace, clock: Clock) -> dict:
-    """`deltaw train`'s loop on random rows."""
-    import torch
-
-    import deltaw as dw
-    from deltaw.data import Collator
-    from deltaw.train import RunFolder, fit
-    from deltaw.train.config import bytes_of, make_config
-
-    class TimedRun(RunFolder):
-        """Every step writes its line here when it is over."""
-
-        def log(self, line) -> None:
-            super().log(line)
-            if "loss" in line:
-                clock.tick(line["loss"])
-
-    parsed = OWN_ROW.fullmatch(name)
-    assert parsed is not None
-    config = make_config({**own_keys(parsed.groupdict(), args), "max_steps": clock.all_steps})
-    model = random_model(args, four_bits=config.quantize == "nf4")
-    dw.adapt(model, config.method_config, name="default", seed=config.seed)
-    draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(
-        SPECIAL, SHAPES[args.shape].vocab, (clock.all_steps * args.batch, args.length), generator=draw
-    ).tolist()
-    rows = [{"input_ids": one, "labels": one} for one in ids]
-    said: list[str] = []
-    clock.start()
-    with tempfile.TemporaryDirectory() as folder:
-        run = TimedRun(Path(folder), {})
-        fit(model, "default", rows, Collator("causal-lm", 0), config, run, say=said.append)
-    row = clock.results() | {"said": [line for line in said if not line.startswith("step ")]}
-    notes = []
-    if parsed["budget"] not in (None, "max"):
-        over = row["peak_allocated_bytes"] > bytes_of(parsed["budget"])
-        notes = ["no budget on a CPU"] if args.device == "cpu" else ["over its budget"] if over else []
-    return row | {"notes": notes}
-
-
-def peer_row(name: str, args: argparse.Namespace, clock: Clock) -> dict:
-    """Forward, backward, AdamW."""
-    model = (unsloth_model if name.startswith("unsloth") else stock_model)(name, args)
-    import torch
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=clock.cuda) if trained else None
-    # PEFT's factors are float32: it is trained under autocast, as Trainer does.
-    autocast = torch.autocast(args.device, torch.bfloat16) if name.startswith("peft") else contextlib.nullcontext()
-    draw = torch.Generator(args.device).manual_seed(1)
-    shape = (args.batch, args.length)
-    clock.start()
-    for _ in range(clock.all_steps):
-        ids = torch.randint(SPECIAL, SHAPES[args.shape].vocab, shape, device=args.device, generator=draw)
-        with autocast:
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        clock.tick(float(loss.detach()))
-    return clock.results()
-
-
-def ceilings(args: argparse.Namespace) -> dict:
-    """What the device reaches at a square product in bfloat16, and at a copy."""
-    import torch
-
-    clock = Clock(args)
-    size, numbers = (8192, 2**30) if clock.cuda else (512, 2**22)
-    draw = torch.Generator(args.device).manual_seed(0)
-    a, b = (torch.randn(size, size, device=args.device, generator=draw).bfloat16() for _ in range(2))
-    x = torch.zeros(numbers, device=args.device)
-    y = torch.empty_like(x)
-
-    def median_s(work) -> float:
-        taken = []
-        for _ in range(8):
-            begun = clock.now()
-            for _ in range(5):
-                work()
-            taken.append((clock.now() - begun) / 5)
-        return statistics.median(taken[2:])
-
-    found: dict = {
-        "gemm_tflops": 2 * size**3 / median_s(lambda: a @ b) / 1e12,
-        "copy_tbps": 8 * numbers / median_s(lambda: y.copy_(x)) / 1e12,
-    }
-    if clock.cuda:
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
-
-
-def worker(name: str, args: argparse.Namespace) -> dict:
-    """What one process has to say; its last line of output."""
-    try:
-        if name == "ceilings":
-            return ceilings(args)
-        if name == "make":
-            make_folder(args)
-            return {}
-        # Unsloth wants to be imported before all that it rewrites.
-        if name.startswith("unsloth"):
-            importlib.import_module("unsloth")
-        return (own_row if OWN_ROW.fullmatch(name) else peer_row)(name, args, Clock(args))
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            return {"error": "out of memory"}
-        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
-
 
 def ask(name: str, args: argparse.Namespace) -> dict:
-    """A row from a process of its own, ended with all that it started when its time is over."""
-    command = [sys.executable, __file__, *args.given, "--model-folder", args.model_folder, "--worker", name]
+    """A row from a process of its own, or one a GPU, ended with all that they started when their time is over."""
+    several = gpus_of(name) > 1
+    launcher = [
+        "-m", "torch.distributed.run", "--nproc-per-node", str(gpus_of(name)), "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
+    ]  # fmt: skip
+    options = [*args.given, "--model-folder", args.model_folder, "--worker", name]
+    command = [sys.executable, *(launcher if several else []), __file__, *options]
     # Unsloth writes what it compiles into the working directory unless told otherwise.
     compiled = str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache")
     defaults = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "UNSLOTH_COMPILE_LOCATION": compiled}
+    if several:
+        # Not every host lets a process bind multicast memory.
+        defaults["NCCL_NVLS_ENABLE"] = "0"
     environment = {**defaults, **os.environ}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes) as process:
@@ -395,13 +86,19 @@ def ask(name: str, args: argparse.Namespace) -> dict:
         except subprocess.TimeoutExpired:
             return {"error": f"not done after {args.limit:g} s"}
         finally:
+            if several and process.poll() is None:
+                # torchrun's processes are in groups of their own, which it alone knows.
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=GRACE_S)
             # Compilers that it started may outlive it.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     found = [line[7:] for line in said.splitlines() if line.startswith("RESULT ")]
     if found:
-        return json.loads(found[-1])
-    last = (complained.strip().splitlines() or ["no word"])[-1]
+        # Of several processes that failed, the first did so by itself.
+        return json.loads(found[0])
+    last = ([line for line in complained.splitlines() if line.strip(" =-")] or ["no word"])[-1].strip()
     return {"error": f"ended with exit code {process.returncode}: {last[:160]}"}
 
 
@@ -427,6 +124,17 @@ def provide_folder(args: argparse.Namespace) -> str | None:
     if free < 1.02 * need:
         return f"{folder.parent} has {free / 1e9:.1f} GB free and the model takes {need / 1e9:.1f}: give --model-folder"
     return ask("make", args).get("error")
+
+
+def missing(name: str, args: argparse.Namespace) -> str | None:
+    """What a row needs and is not here."""
+    import torch
+
+    here = torch.cuda.device_count() if args.device == "cuda" else gpus_of(name)
+    if gpus_of(name) > here:
+        return f"needs {gpus_of(name)} GPUs, and there {'is' if here == 1 else 'are'} {here}"
+    absent = [package for package in packages_of(name) if importlib.util.find_spec(package) is None]
+    return f"{' and '.join(absent)} not installed" if absent else None
 
 
 # Tables.
@@ -491,8 +199,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
     no_folder: str | None = None
     for name in args.systems:
-        absent = [package for package in packages_of(name) if importlib.util.find_spec(package) is None]
-        why = f"{' and '.join(absent)} not installed" if absent else None
+        why = missing(name, args)
         if why is None and reads_folder(name):
             no_folder = no_folder or provide_folder(args)
             why = no_folder
@@ -500,6 +207,11 @@ def measure(args: argparse.Namespace) -> list[dict]:
         if "step_s" in row:
             reached = useful_flops(SHAPES[args.shape], args.batch, args.length) / row["step_s"] / 1e12
             row["of_gemm_ceiling"] = reached / limits["gemm_tflops"]
+            alone = on_one_gpu(name)
+            for other in record["rows"]:
+                if other["name"] == alone != name and "tokens_per_s" in other:
+                    row["times_one_gpu"] = row["tokens_per_s"] / other["tokens_per_s"]
+                    row["notes"].append(f"x {row['times_one_gpu']:.2f} of {alone}")
         record["rows"].append(row)
         print(line_of(row), flush=True)
         if args.out:
@@ -511,18 +223,20 @@ def system_name(text: str) -> str:
     """A row's name, checked."""
     if OWN_ROW.fullmatch(text) or PEER_ROW.fullmatch(text):
         return text
-    own = "[q]lora or [q]dora with -fp8, -fp8-but-down, -general, -gc and @BUDGET"
+    own = "[q]lora or [q]dora with -ddpN or -fsdp2xN (N from 2), -fp8, -fp8-but-down, -general, -gc and @BUDGET"
     raise argparse.ArgumentTypeError(f"{text!r} is no row: expected {own}, or one of {', '.join(PEERS)}")
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-8b", choices=SHAPES)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4, help="rows a step, of each GPU")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones, at least 1")
-    parser.add_argument("--systems", nargs="+", type=system_name, default=[*OWN, *PEERS], metavar="ROW")
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--systems", nargs="+", type=system_name, default=[*OWN, *PEERS], metavar="ROW")
+    rows.add_argument("--gpus", type=int, metavar="N", help="LoRA and QLoRA on one and on N GPUs, in place of ROWs")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--limit", type=float, default=600, help="seconds a row")
     parser.add_argument("--model-folder", help="for peers that read a folder; made where it is missing, and kept")
@@ -544,12 +258,18 @@ def main(given: list[str] | None = None) -> None:
     if min(args.batch, args.steps, args.warmup) < 1 or args.length < 2:
         parser.error("--batch, --steps and --warmup are at least 1, --length at least 2")
     if args.worker:
-        print("\nRESULT " + json.dumps(worker(args.worker, args)), flush=True)
+        work(args.worker, args)
         return
+    if args.gpus is not None:
+        if args.gpus < 2:
+            parser.error("--gpus is at least 2")
+        args.systems = [name.format(args.gpus) for name in ON_SEVERAL]
     if args.roofline:
         tflops, tbps = args.ceilings
         options = {"keep": args.keep, "base": args.base, "tflops": tflops, "tbps": tbps}
         print(roofline(args.shape, args.batch, args.length, **options))
+        if args.gpus is not None:
+            print("\n" + sharded_table(args.shape, args.gpus))
         return
     import torch
 
