@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from deltaw.kernels import fp8, gated_triton, low_rank, low_rank_triton, nf4_triton, norm_triton, rotary_triton
+from deltaw.kernels import fp8, gated_triton, low_rank, low_rank_triton, nf4_triton, norm_triton, rotary_triton, scaled
 from deltaw.kernels.cross_entropy_triton import loss_and_gradient
 from deltaw.kernels.low_rank_triton import Tiles
 from deltaw.quant.codebooks import nf4_code
@@ -61,8 +61,15 @@ def cases(tokens: int, variants: bool) -> Iterator[Case]:
         yield Case(f"gemm {N}x{K}", make, lambda t: torch.mm(t[0], t[1].t()), flops=2.0 * M * N * K)
         yield Case(f"gemm+= {N}x{K}", make, lambda t: t[2].addmm_(t[0], t[1].t()), flops=2.0 * M * N * K)
         yield Case(f"gemm dx+= {N}x{K}", make, lambda t: t[0].addmm_(t[2], t[1]), flops=2.0 * M * N * K)
+    for N, K, P in ((2 * n, d, 2 * r), (6144, d, 3 * r), (d, n, r), (d, d, r)):
+        make = partial(draws, (M, K + P), (N + P, K + P), (M, N + P))
+        front = partial(lambda t, N: torch.mm(t[0], t[1][:N].t(), out=t[2][:, :N]), N=N)
+        yield Case(f"gemm [x, h] {N}x{K}", make, front, flops=2.0 * M * N * K)
+        back = partial(lambda t, K: torch.mm(t[2], t[1][:, :K]), K=K)
+        yield Case(f"gemm [g, k] {N}x{K}", make, back, flops=2.0 * M * N * K)
     yield from _norms(M, d, row)
     yield from _rotary(M)
+    yield from _scaled(M, row)
     yield from _gated(M, n, r, wide, variants)
     yield from _low_rank(M, r, variants)
     yield from _nf4(variants)
@@ -103,18 +110,15 @@ def _gated(M: int, n: int, r: int, wide: int, variants: bool) -> Iterator[Case]:
         "gated backward", make, lambda t: gated_triton.gated_backward(t[0], t[1], t[2], activation="silu"), 6 * wide
     )
     B, h, k = draw(n, r), draw(M, r), draw(M, r)
-    tiles = [
-        None, (32, 128, 4, 2), (32, 128, 4, 1), (32, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 1), (64, 64, 4, 2),
-        (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (16, 128, 4, 2), (32, 256, 8, 2),
-    ]  # fmt: skip
-    tiles = tiles if variants else [None]
-    for tile, strips in itertools.product(tiles, (None, 6) if variants else (None,)):
+    c = torch.rand(n, device="cuda")
+    tiles = [None, (32, 128, 4, 3), (32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 3), (16, 128, 4, 3)]
+    for tile, factors in itertools.product(tiles if variants else [None], (None, (c, c))):
         yield Case(
-            f"gated backward low-rank {tile or ''} {strips or ''}",
+            f"gated backward low-rank {'factors ' if factors else ''}{tile or ''}",
             make,
-            lambda t, tile=tile, strips=strips: gated_triton.gated_backward_low_rank(
+            lambda t, tile=tile, factors=factors: gated_triton.gated_backward_low_rank(
                 *t, B_gate=B, B_up=B, h_gate=h, h_up=h, k_down=k, scale_gate=2.0, scale_up=2.0, activation="silu",
-                tile=tile, strips=strips,
+                factors=factors, tile=tile,
             ),
             5 * wide,
         )  # fmt: skip
@@ -155,22 +159,25 @@ def _low_rank(M: int, r: int, variants: bool) -> Iterator[Case]:
 def _nf4(variants: bool) -> Iterator[Case]:
     weight = NF4Weight.quantize(draw(INNER, WIDTH))
     count = INNER * WIDTH
-    out = torch.empty(INNER, WIDTH, device="cuda", dtype=torch.bfloat16)
-    words = [(False, 0), (True, 256), (True, 512), (True, 1024)] if variants else [(nf4_triton.BY_WORDS, 0)]
+    wide = torch.empty(INNER, WIDTH + 2 * RANK, device="cuda", dtype=torch.bfloat16)
 
-    def run(_: Any, by_words: bool, tile: int) -> None:
-        before = nf4_triton.WORD_TILE
-        nf4_triton.WORD_TILE = tile or before
-        nf4_triton.dequantize_4bit(
-            weight.codes, nf4_code(weight.device), weight.scales, start=0, stop=count, out=out, by_words=by_words
-        )
+    def run(out: torch.Tensor, tile: int) -> None:
+        before, nf4_triton.WORD_TILE = nf4_triton.WORD_TILE, tile
+        weight.dequantize(out=out)
         nf4_triton.WORD_TILE = before
 
-    for by_words, tile in words:
-        yield Case(
-            f"nf4 read {'words ' + str(tile) if by_words else ''}", lambda: None,
-            lambda t, by_words=by_words, tile=tile: run(t, by_words, tile), count * 2.516,
-        )  # fmt: skip
+    for tile in (256, 512, 1024) if variants else (nf4_triton.WORD_TILE,):
+        for place, out in (("", wide.view(-1)[:count].view(INNER, WIDTH)), (" into wider rows", wide[:, :WIDTH])):
+            yield Case(
+                f"nf4 read{place} {tile}", lambda: None, lambda _, out=out, tile=tile: run(out, tile), count * 2.516
+            )
+
+
+def _scaled(M: int, row: int) -> Iterator[Case]:
+    c = torch.rand(WIDTH, device="cuda")
+    make = partial(draws, (M, WIDTH), (M, WIDTH))
+    yield Case("scale and sum", make, lambda t: scaled.scale_and_sum(t[0], t[1], c, out=t[0]), 3 * row)
+    yield Case("scaled add", make, lambda t: scaled.scaled_add(t[0], t[1], c), 3 * row)
 
 
 def _cross_entropy(variants: bool) -> Iterator[Case]:

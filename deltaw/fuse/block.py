@@ -18,6 +18,9 @@ Buffers are written over once their values are done with: dgate over gate, dup o
 | "host" | x0 in host memory | the same |
 
 Attention runs through transformers' own interface in a graph of its own, which is kept with q, k, v and a.
+
+What goes into a group of linears, or comes back to it, is written with room behind each row for the low-rank part
+(`Group.spare`); so is the gradient that a layer hands to the one before it.
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ from torch.autograd.function import once_differentiable
 
 from deltaw.core.errors import RunError
 from deltaw.fuse.host_memory import HostMemory
-from deltaw.fuse.linears import Fused, Group, Narrow, products
+from deltaw.fuse.linears import Fused, Group, Store
 from deltaw.kernels.gated import gated, gated_backward, gated_backward_low_rank
 from deltaw.kernels.norm import rms_norm, rms_norm_backward
 from deltaw.kernels.rotary import norm_rotate, norm_rotate_backward, rotate
+from deltaw.kernels.scaled import scale_and_sum, scaled_add
 
 Keep = Literal["all", "attention", "input", "host"]
 KEEPS: tuple[Keep, ...] = ("all", "attention", "input", "host")
@@ -71,7 +75,8 @@ class Call:
         keep: what stays for the backward pass.
         host: where "host" puts x0.
         fp8: names of the linears whose products with W are made in 8-bit floats.
-        held: where weights in 8 bits stay between calls, by layer and group; None: nowhere.
+        store: what stays between calls.
+        handed: the last gradient that a fused layer handed on, with the room behind it.
         index: of the layer.
     """
 
@@ -86,25 +91,18 @@ class Call:
     keep: Keep = "all"
     host: HostMemory | None = None
     fp8: frozenset[str] = frozenset()
-    held: dict[Any, Narrow] | None = None
+    store: Store = field(default_factory=Store)
+    handed: list[Tensor] = field(default_factory=list)
     index: int = 0
-    groups: dict[str, Group] = field(default_factory=dict)
 
     def group(self, names: str, dtype: torch.dtype) -> Group:
         """The group of some linears, by their names with blanks between."""
-        if names not in self.groups:
-            parts = names.split()
-            self.groups[names] = Group(
-                [self.linears[name] for name in parts],
-                dtype,
-                fp8=self.fp8.issuperset(parts),
-                held=self.held,
-                name=(self.index, names),
-            )
-        return self.groups[names]
+        parts = names.split()
+        fp8 = self.fp8.issuperset(parts)
+        return Group([self.linears[name] for name in parts], dtype, fp8=fp8, store=self.store, name=(self.index, names))
 
 
-QKV, OUT, GATE_UP, DOWN = "q k v", "o", "gate up", "down"
+QKV, OUT, GATE_UP, DOWN = GROUPS = "q k v", "o", "gate up", "down"
 
 
 def run_block(x: Tensor, call: Call) -> Tensor:
@@ -138,7 +136,7 @@ class _State:
     def __init__(self, call: Call, x: Tensor, wanted: bool) -> None:
         self.call, self.shape, self.wanted = call, x.shape, wanted
         self.x0: Tensor | None = x.detach().reshape(-1, x.shape[-1])
-        self.qkv, self.o, self.gate_up, self.down = (call.group(n, x.dtype) for n in (QKV, OUT, GATE_UP, DOWN))
+        self.qkv, self.o, self.gate_up, self.down = (call.group(names, x.dtype) for names in GROUPS)
         self.h: dict[str, Tensor | None] = {}
         self.kept: dict[str, Any] = {}
         self.found: dict[str, tuple[Tensor | None, Tensor | None, Tensor | None]] = {}
@@ -155,11 +153,11 @@ class _State:
         if self.wanted and keep in ("all", "attention"):
             self.kept |= attention | {"x1": x1, "zo": zo}
         del attention
-        gate, up = self._gate_up(x1)
-        act = gated(gate, up, activation=call.activation, factors=self._factors())
+        z = self._gate_up(self._normed(1, x1, self.gate_up)[0])
+        act = self._act(z)
         if self.wanted and keep == "all":
-            self.kept |= {"gate": gate, "up": up}
-        del gate, up
+            self.kept["z"] = z
+        del z
         self.h[DOWN] = self.down.project(act)
         x2, zd = self._onto(self.down, act, self.h[DOWN], x1)
         if self.wanted and keep != "input" and keep != "host":
@@ -169,33 +167,50 @@ class _State:
             self.x0 = None
         if not self.wanted:
             self.x0 = None
-        return x2.view(self.shape)
+        # No view of another tensor in autograd's eyes, which FSDP2 would warn of.
+        made: Tensor = torch.ops.aten._unsafe_view(x2, self.shape)
+        return made
+
+    def _normed(self, which: int, x: Tensor, group: Group | None) -> tuple[Tensor, Tensor]:
+        """Norm(x) (M, d + the group's spare), and the reciprocal norms."""
+        norm = self.call.norms[which]
+        out = _wide(x, x.shape[1], 0 if group is None else group.spare)
+        _, rstd = rms_norm(x, norm.weight, eps=norm.eps, style=norm.style, out=out[:, : x.shape[1]])
+        return out, rstd
 
     def _attention(self, x0: Tensor, *, graph: bool) -> dict[str, Any]:
         """Q, k, v as attention sees them and a (M, heads head_dim); with a graph from one to the other where wanted."""
         call = self.call
-        norm = call.norms[0]
-        n1, _ = rms_norm(x0, norm.weight, eps=norm.eps, style=norm.style)
+        n1, _ = self._normed(0, x0, self.qkv)
         if QKV not in self.h:
             self.h[QKV] = self.qkv.project(n1)
-        outs = self.qkv.finish(self.qkv.outputs(n1, self.h[QKV]))
+        y = self.qkv.finish(self.qkv.outputs(n1, self.h[QKV]))
         del n1
-        q, k, v = (out.view(*self.shape[:2], -1, call.head_dim) for out in outs)
-        found: dict[str, Any] = {}
+        qk, v = self._heads(y)
+        heads = self.qkv.widths[0] // call.head_dim
+        q, k = qk[:, :, :heads], qk[:, :, heads:]
+        found: dict[str, Any] = {"y": y}
         if call.head_norms is not None:
-            raw = (q, k)
             (q, rq), (k, rk) = (
                 norm_rotate(t, n.weight, call.cos, call.sin, eps=n.eps, style=n.style)
-                for t, n in zip(raw, call.head_norms, strict=True)
+                for t, n in zip((q, k), call.head_norms, strict=True)
             )
-            found = {"raw": raw, "rstd": (rq, rk)}
+            found["rstd"] = (rq, rk)
         elif call.cos is not None and call.sin is not None:
-            rotate(q, call.cos, call.sin)
-            rotate(k, call.cos, call.sin)
+            rotate(qk, call.cos, call.sin)
         leaves = [t.detach().requires_grad_(graph) for t in (q, k, v)]
         with torch.set_grad_enabled(graph):
             out = call.attend(*(t.transpose(1, 2) for t in leaves))
         return found | {"qkv": leaves, "graph": out if graph else None, "a": out.detach().reshape(len(x0), -1)}
+
+    def _heads(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as (batch, seq, heads of both, head_dim), and values, as views of q, k and v in a row."""
+        both = self.qkv.widths[0] + self.qkv.widths[1]
+        batch, seq = self.shape[:2]
+        qk, v = (
+            t.unflatten(0, (batch, seq)).unflatten(2, (-1, self.call.head_dim)) for t in (y[:, :both], y[:, both:])
+        )
+        return qk, v
 
     def _after_attention(self, x0: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
         if OUT not in self.h:
@@ -204,43 +219,57 @@ class _State:
 
     def _onto(self, group: Group, x: Tensor, h: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Residual + y, and z where there is a c."""
-        c = group.c[0]
-        if c is None:
-            return group.outputs(x, h, onto=residual)[0], None
-        z = group.outputs(x, h)[0]
-        out = torch.addcmul(residual, z, c.to(z.dtype))
-        bias = group.linears[0].bias
-        return out if bias is None else out.add_(bias.to(out.dtype)), z
+        if group.c is None:
+            return group.outputs(x, h, onto=residual), None
+        z = group.outputs(x, h)
+        return scaled_add(residual, z, group.c, group.bias), z
 
-    def _gate_up(self, x1: Tensor) -> tuple[Tensor, Tensor]:
-        n2 = self._n2(x1)[0]
+    def _gate_up(self, n2: Tensor) -> Tensor:
+        """The real gate and up side by side, or their z where the gated kernels take those and c."""
         if GATE_UP not in self.h:
             self.h[GATE_UP] = self.gate_up.project(n2)
-        gate, up = self._z_or_y(self.gate_up.outputs(n2, self.h[GATE_UP]))
-        return gate, up
+        z = self.gate_up.outputs(n2, self.h[GATE_UP], spare=self.gate_up.spare)
+        return z if self._factors() is not None else self.gate_up.finish(z)
 
-    def _z_or_y(self, outs: list[Tensor]) -> list[Tensor]:
-        """The gated kernels take z and c, but know no bias and need a c of both or of none."""
-        return outs if self._factors() is not None else self.gate_up.finish(outs)
+    def _act(self, z: Tensor) -> Tensor:
+        """The gated activation (M, inner + down's spare)."""
+        out = _wide(z, self.down.columns, self.down.spare)
+        gated(
+            *self._halves(z), activation=self.call.activation, factors=self._factors(), out=out[:, : self.down.columns]
+        )
+        return out
+
+    def _halves(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        inner = self.down.columns
+        return z[:, :inner], z[:, inner:]
 
     def _factors(self) -> tuple[Tensor, Tensor] | None:
-        gate, up = self.gate_up.c
-        biased = any(linear.bias is not None for linear in self.gate_up.linears)
-        return None if gate is None or up is None or biased else (gate, up)
-
-    def _n2(self, x1: Tensor) -> tuple[Tensor, Tensor]:
-        norm = self.call.norms[1]
-        return rms_norm(x1, norm.weight, eps=norm.eps, style=norm.style)
+        """C of gate and up; the gated kernels know no bias."""
+        c = self.gate_up.c
+        if c is None or self.gate_up.bias is not None:
+            return None
+        return c[: self.down.columns], c[self.down.columns :]
 
     # Backward.
 
     def backward(self, grad: Tensor, *, need_x: bool) -> Tensor | None:
         """Dx0 (batch, seq, d)."""
-        g = grad.reshape(-1, grad.shape[-1])
         self._restore()
-        dx1 = self._mlp_backward(g)
+        dx1 = self._mlp_backward(self._received(grad))
         dx0 = self._attention_backward(dx1, need_x=need_x)
-        return None if dx0 is None else dx0.view(self.shape)
+        if dx0 is None:
+            return None
+        self.call.handed[:] = [dx0]
+        return dx0[:, : self.shape[-1]].view(self.shape)
+
+    def _received(self, grad: Tensor) -> Tensor:
+        """DL/dx2 (M, d), or with room behind it where a fused layer made it so."""
+        if self.call.handed:
+            wide = self.call.handed.pop()
+            same = wide.data_ptr() == grad.data_ptr() and wide.stride(0) == grad.stride(1) and grad.stride(2) == 1
+            if same and len(wide) == self.shape[0] * self.shape[1] and wide.shape[1] == grad.shape[2] + self.down.spare:
+                return wide
+        return grad.reshape(-1, grad.shape[-1])
 
     def _restore(self) -> None:
         """What was not kept, but for gate and up, which the MLP's own part makes."""
@@ -252,104 +281,123 @@ class _State:
             self.kept["x1"], self.kept["zo"] = self._after_attention(self.x0, self.kept["a"])
 
     def _mlp_backward(self, g: Tensor) -> Tensor:
-        call = self.call
+        """Dx1 (M, d) with room for o's low-rank part."""
+        call, d = self.call, self.shape[-1]
         x1: Tensor = self.kept.pop("x1")
-        norm = call.norms[1]
-        n2, rstd = self._n2(x1)
-        if "gate" in self.kept:
-            gate, up = self.kept.pop("gate"), self.kept.pop("up")
-        else:
-            gate, up = self._z_or_y(self.gate_up.outputs(n2, self.h[GATE_UP]))
+        z = self.kept.pop("z", None)
+        n2, rstd = self._normed(1, x1, self.gate_up if z is None else None)
+        if z is None:
+            z = self._gate_up(n2)
         zd = self.kept.pop("zd", None)
-        if zd is None and self.down.c[0] is not None:
-            act = gated(gate, up, activation=call.activation, factors=self._factors())
-            zd = self.down.outputs(act, self.h[DOWN])[0]
+        if zd is None and self.down.c is not None:
+            act = _wide(z, self.down.columns, self.down.spare)
+            gated(
+                *self._halves(z), activation=call.activation, factors=self._factors(), out=act[:, : self.down.columns]
+            )
+            zd = self.down.outputs(act, self.h[DOWN])
+            del act
         gz, dc = self._scaled(self.down, g, zd)
-        dact, pairs = self.down.backward([gz], None, self.h[DOWN])
+        dact, pairs = self.down.backward(gz, None, self.h[DOWN])
+        del gz, zd
         assert dact is not None
-        dA_down, known, dcs = self._gated_backward(dact, gate, up)
+        dA_down, known, dcs = self._gated_backward(dact, z)
         self.found["down"] = (dA_down, pairs[0][1], dc)
         del dact
-        # From here on gate and up are the gradients of their z.
-        dn2, pairs = self.gate_up.backward([gate, up], n2, self.h[GATE_UP], known=known)
+        # From here on z is the gradient of itself.
+        dn2, pairs = self.gate_up.backward(_with_room(z, self.gate_up.spare), n2[:, :d], self.h[GATE_UP], known=known)
         for name, pair, one in zip(("gate", "up"), pairs, dcs, strict=True):
             self.found[name] = (*pair, one)
         assert dn2 is not None
-        return rms_norm_backward(dn2, x1, norm.weight, rstd, style=norm.style, add=g, out=dn2)
+        norm, out = call.norms[1], _wide(x1, d, self.o.spare)
+        rms_norm_backward(dn2, x1, norm.weight, rstd, style=norm.style, add=g[:, :d], out=out[:, :d])
+        return out
 
     def _gated_backward(
-        self, dact: Tensor, gate: Tensor, up: Tensor
-    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]] | None, list[Tensor | None]]:
-        """Turns gate and up into the gradients of their z; dact is lost. Gives down's dA, (k, dB) and dc of both."""
+        self, dact: Tensor, z: Tensor
+    ) -> tuple[Tensor | None, tuple[list[Tensor], list[Tensor]] | None, list[Tensor | None]]:
+        """Turns z into its gradient; dact is lost. Gives down's dA, (k, dB) and dc of gate and up."""
         call, factors = self.call, self._factors()
+        gate, up = self._halves(z)
         low_gate, low_up = (linear.low for linear in self.gate_up.linears)
-        (B_gate, B_up), k_down = self.gate_up.B, self.down.k
         h_gate, h_up = self.gate_up.parts(self.h[GATE_UP])
-        plain = factors is not None or all(c is None for c in self.gate_up.c)
-        if plain and k_down is not None and low_gate is not None and low_up is not None:
-            assert B_gate is not None and B_up is not None and h_gate is not None and h_up is not None
+        plain = factors is not None or self.gate_up.c is None
+        if plain and self.down.k is not None and low_gate is not None and low_up is not None:
+            assert h_gate is not None and h_up is not None
+            inner, rank = self.down.columns, self.gate_up.linears[0].rank
+            B = self.gate_up.thin.B
+            k_down = self.down.k[:, : self.down.linears[0].rank]
             k_gate, k_up, dB_gate, dB_up, dA_down, *sums = gated_backward_low_rank(
-                dact, gate, up, B_gate=B_gate, B_up=B_up, h_gate=h_gate, h_up=h_up, k_down=k_down,
-                scale_gate=low_gate.scale, scale_up=low_up.scale, activation=call.activation, factors=factors,
+                dact, gate, up, B_gate=B[:inner, :rank], B_up=B[inner:, rank : rank + h_up.shape[1]], h_gate=h_gate,
+                h_up=h_up, k_down=k_down, scale_gate=1.0, scale_up=1.0, activation=call.activation, factors=factors,
             )  # fmt: skip
-            return dA_down, [(k_gate, dB_gate), (k_up, dB_up)], [*sums] if sums else [None, None]
-        ys: list[Tensor | None] = [None, None]
-        if factors is None:
-            ys = [_copied(t, self.gate_up, index) for index, t in enumerate((gate, up))]
+            dBs = [dB_gate.mul_(low_gate.scale), dB_up.mul_(low_up.scale)]
+            return dA_down, ([k_gate, k_up], dBs), [*sums] if sums else [None, None]
+        y = z.clone() if factors is None and self.gate_up.c is not None else None
         totals = gated_backward(dact, gate, up, activation=call.activation, factors=factors)
-        return (
-            self.down.take_dA(dact)[0],
-            None,
-            list(totals) if totals else self.gate_up.scale_gradients([gate, up], ys),
-        )
+        dcs: list[Tensor | None] = [*totals] if totals else [None, None]
+        if y is not None:
+            dcs = self.gate_up.scale_gradients(z, y)
+        return self.down.take_dA(dact)[0], None, dcs
 
     def _scaled(self, group: Group, g: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """DL/dz of dL/dy, and dc, of a group of one whose y went straight into the residual."""
-        c = group.c[0]
-        if c is None or z is None:
+        """DL/dz of dL/dy (with room), and dc, of a group of one whose y went straight into the residual."""
+        if group.c is None or z is None:
             return g, None
-        return g * c.to(g.dtype), products(g, z)
+        out = _wide(z, group.rows, group.spare)
+        _, total = scale_and_sum(g[:, : group.rows], z, group.c, out=out[:, : group.rows])
+        return out, total
 
     def _attention_backward(self, dx1: Tensor, *, need_x: bool) -> Tensor | None:
-        call, x0 = self.call, self.x0
+        """Dx0 (M, d) with room for the down projection before it."""
+        call, x0, d = self.call, self.x0, self.shape[-1]
         assert x0 is not None
         a = self.kept.pop("a")
-        zo = self.kept.pop("zo")
-        gz, dc = self._scaled(self.o, dx1, zo)
-        da, pairs = self.o.backward([gz], a, self.h[OUT])
+        gz, dc = self._scaled(self.o, dx1, self.kept.pop("zo"))
+        da, pairs = self.o.backward(gz, a, self.h[OUT])
         self.found["o"] = (*pairs[0], dc)
         assert da is not None
-        del a, zo, gz
+        del a, gz
         leaves, graph = self.kept.pop("qkv"), self.kept.pop("graph")
-        dq, dk, dv = torch.autograd.grad(graph, leaves, da.view(graph.shape))
-        del da, graph
-        q, k, v = (leaf.detach() for leaf in leaves)
-        del leaves
-        if call.head_norms is not None:
-            q, k = self.kept.pop("raw")
-            dq, dk = (
-                norm_rotate_backward(_last_contiguous(g), t, n.weight, r, call.cos, call.sin, style=n.style)
-                for g, t, n, r in zip((dq, dk), (q, k), call.head_norms, self.kept.pop("rstd"), strict=True)
-            )
-        elif call.cos is not None and call.sin is not None:
-            dq, dk = _last_contiguous(dq), _last_contiguous(dk)
-            for t in (dq, dk):
-                rotate(t, call.cos, call.sin, inverse=True)
-            if self.qkv.c[0] is not None or self.qkv.c[1] is not None:
-                for t in (q, k):
-                    rotate(t, call.cos, call.sin, inverse=True)
-        grads = [t.reshape(len(x0), -1) for t in (dq, dk, dv)]
-        dcs = self.qkv.scale_gradients(grads, [t.reshape(len(x0), -1) for t in (q, k, v)])
-        del dq, dk, dv, q, k, v
-        norm = call.norms[0]
-        n1, rstd = rms_norm(x0, norm.weight, eps=norm.eps, style=norm.style)
-        dn1, pairs = self.qkv.backward(grads, n1, self.h[QKV], need_x=need_x)
+        grads = torch.autograd.grad(graph, leaves, da.view(graph.shape))
+        del da, graph, leaves
+        y = self.kept.pop("y")
+        g = _wide(y, self.qkv.rows, self.qkv.spare)
+        self._unrotated(grads, y, g[:, : self.qkv.rows])
+        del grads
+        dcs = self.qkv.scale_gradients(g[:, : self.qkv.rows], y)
+        del y
+        n1, rstd = self._normed(0, x0, None)
+        dn1, pairs = self.qkv.backward(g, n1, self.h[QKV], need_x=need_x)
         for name, pair, one in zip("qkv", pairs, dcs, strict=True):
             self.found[name] = (*pair, one)
         self.x0 = None
         if dn1 is None:
             return None
-        return rms_norm_backward(dn1, x0, norm.weight, rstd, style=norm.style, add=dx1, out=dn1)
+        norm, out = call.norms[0], _wide(x0, d, self.down.spare)
+        rms_norm_backward(dn1, x0, norm.weight, rstd, style=norm.style, add=dx1[:, :d], out=out[:, :d])
+        return out
+
+    def _unrotated(self, grads: Any, y: Tensor, out: Tensor) -> None:
+        """Gradients of the linears' y, side by side; and y is what the linears made of it again, where a c needs it."""
+        call = self.call
+        dq, dk, dv = (t if t.stride(-1) == 1 else t.contiguous() for t in grads)
+        to_qk, to_v = self._heads(out)
+        heads = dq.shape[2]
+        targets = to_qk[:, :, :heads], to_qk[:, :, heads:]
+        qk, _ = self._heads(y)
+        if call.head_norms is not None:
+            raw, rstds = (qk[:, :, :heads], qk[:, :, heads:]), self.kept.pop("rstd")
+            for t, x, n, r, to in zip((dq, dk), raw, call.head_norms, rstds, targets, strict=True):
+                norm_rotate_backward(t, x, n.weight, r, call.cos, call.sin, style=n.style, out=to)
+        elif call.cos is not None and call.sin is not None:
+            for t, to in zip((dq, dk), targets, strict=True):
+                rotate(t, call.cos, call.sin, inverse=True, out=to)
+            if self.qkv.c is not None:
+                rotate(qk, call.cos, call.sin, inverse=True)
+        else:
+            for t, to in zip((dq, dk), targets, strict=True):
+                to.copy_(t)
+        to_v.copy_(dv)
 
     def gradients(self) -> list[Tensor | None]:
         """Of the trained tensors, in their order and dtypes."""
@@ -359,19 +407,21 @@ class _State:
             if low is None:
                 continue
             for tensor, gradient in zip((low.A, low.B, low.out_scale), self.found[name], strict=True):
-                if tensor is not None and tensor.requires_grad:
-                    assert gradient is not None
+                # Whether it is trained may have changed since.
+                if any(tensor is one for one in linear.trained):
+                    assert tensor is not None and gradient is not None
                     result.append(gradient.to(tensor.dtype))
         return result
 
 
-def _copied(t: Tensor, group: Group, index: int) -> Tensor | None:
-    """A copy where `scale_gradients` will want y and the gated kernel is about to write over it."""
-    return None if group.c[index] is None else t.clone()
+def _wide(like: Tensor, columns: int, spare: int) -> Tensor:
+    """Memory for as many rows as `like` has, of so many columns."""
+    return like.new_empty(len(like), columns + spare)
 
 
-def _last_contiguous(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
+def _with_room(z: Tensor, spare: int) -> Tensor:
+    """The memory that `z` is the front of."""
+    return z if not spare else z.as_strided((len(z), z.shape[1] + spare), z.stride(), z.storage_offset())
 
 
 def kept_bytes(

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from deltaw.core.contexts import sink_context
 from deltaw.core.errors import InputError
 from deltaw.core.generators import generator
-from deltaw.fuse.block import Call, Keep, Norm, kept_bytes, run_block
+from deltaw.core.protocols import packed_of
+from deltaw.fuse.block import GROUPS, Call, Keep, Norm, kept_bytes, run_block
 from deltaw.fuse.head import undisturbed
 from deltaw.fuse.host_memory import HostMemory
 from deltaw.fuse.keep import Room, choose, told
-from deltaw.fuse.linears import Narrow, fused_linear, hooked
+from deltaw.fuse.linears import Store, fused_linear, hooked, join, part
 from deltaw.kernels.gated import gated_torch
 from deltaw.kernels.norm import rms_norm_torch
 from deltaw.methods.host import book_of
@@ -59,8 +60,10 @@ class Fusion:
         say: takes a line about the plan of each batch longer than those before.
         host: where inputs go that are kept in host memory.
         fp8: names of the linears whose products are made in 8-bit floats.
-        held: their weights in 8 bits, where these stay.
+        store: weights and factors as the linears' products take them.
+        handed: see `Call`.
         plans: by tokens of a batch, what each layer keeps.
+        held_layers: of how many layers decoded weights may stay, whatever the batch.
     """
 
     keep: Keep | None
@@ -68,9 +71,11 @@ class Fusion:
     layers: int = 0
     say: Callable[[str], None] = lambda line: None
     fp8: frozenset[str] = frozenset()
-    held: dict[Any, Narrow] | None = None
+    store: Store = field(default_factory=Store)
+    handed: list[Tensor] = field(default_factory=list)
     host: HostMemory = field(default_factory=HostMemory)
     plans: dict[int, list[Keep]] = field(default_factory=dict)
+    held_layers: int = sys.maxsize
 
     def of(self, layer: _Layer, x: Tensor) -> Keep:
         """What a layer keeps of this batch."""
@@ -80,20 +85,18 @@ class Fusion:
             return "all"
         tokens = x.numel() // x.shape[-1]
         if tokens not in self.plans:
-            left = self.room.left(x.device, layer.working_bytes(tokens))
-            held = sum(t.nbytes for made in (self.held or {}).values() for t in made)
-            plan = choose(self.layers, left, lambda keep: layer.bytes_of(keep, tokens))
+            # As if nothing were held: what is kept saves more for its bytes.
+            left = self.room.left(x.device, layer.working_bytes(tokens)) + self.store.held_bytes
+            plan = self.plans[tokens] = choose(self.layers, left, lambda keep: layer.bytes_of(keep, tokens))
             left -= sum(layer.bytes_of(keep, tokens) for keep in plan)
-            self.plans[tokens] = plan
-            if self.fp8 and self.room.hold_bytes and left + held >= self.room.hold_bytes:
-                self.held = {} if self.held is None else self.held
-            elif self.held is not None:
-                # A longer batch needs the room.
-                self.held = None
-                self.plans[tokens] = choose(self.layers, left + held, lambda keep: layer.bytes_of(keep, tokens))
+            holds = self.room.holds and layer.decodes
+            self.held_layers = min(self.held_layers, left // layer.held_bytes, self.layers) if holds else 0
+            self.store.hold(self.held_layers, self.layers, narrow=bool(self.fp8))
             # Of shorter batches nobody wants to hear.
             if tokens == max(self.plans):
-                self.say(f"batches of {tokens:,} tokens: {told(self.plans[tokens])}")
+                kept = self.layers if self.store.narrow is not None else len(self.store.holds)
+                held = f"; decoded weights of {kept} stay" if kept else ""
+                self.say(f"batches of {tokens:,} tokens: {told(plan)}{held}")
         return self.plans[tokens][layer.index]
 
 
@@ -111,7 +114,7 @@ class _Layer:
 
     def bytes_of(self, keep: Keep, tokens: int) -> int:
         """Bytes of what is kept."""
-        shapes = {name: self.module.get_submodule(path).weight.shape for name, path in _PROJECTIONS.items()}
+        shapes = self.shapes
         return kept_bytes(
             keep,
             tokens,
@@ -125,17 +128,34 @@ class _Layer:
             head_norms=self.head_norms is not None,
         )
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) by projection."""
+        return {name: tuple(self.module.get_submodule(path).weight.shape) for name, path in _PROJECTIONS.items()}
+
+    @property
+    def decodes(self) -> bool:
+        """Whether weights are decoded, or made narrower, to be multiplied."""
+        packed = (packed_of(self.module.get_submodule(path).weight) for path in _PROJECTIONS.values())
+        return bool(self.fusion.fp8) or any(weight is not None for weight in packed)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the weights as products take them: in 8 bits by rows and by columns, or decoded."""
+        total = sum(rows * columns for rows, columns in self.shapes.values())
+        return total * (2 if self.fusion.fp8 else self.norms[0].weight.element_size())
+
     def working_bytes(self, tokens: int) -> int:
         """Of the backward pass of one layer that kept its input alone."""
-        shapes = [self.module.get_submodule(path).weight.shape for path in _PROJECTIONS.values()]
-        inner, width = shapes[4]
-        largest: int = max(rows * columns for rows, columns in shapes)
-        attention: int = 2 * (shapes[0][0] + 2 * shapes[1][0])
-        total: int = ((3 * inner + 6 * width + attention) * tokens + largest) * self.norms[0].weight.element_size()
+        shapes = self.shapes
+        inner, width = shapes["gate"]
+        attention = 2 * (shapes["q"][0] + 2 * shapes["k"][0])
+        # Gate and up are decoded together.
+        total = (3 * inner + 6 * width + attention) * tokens + 2 * inner * width
         if self.fusion.fp8:
             # The widest group's weights by rows and by columns, and its input and gradient, a byte each.
-            total += 4 * inner * width + (2 * inner + width) * tokens
-        return total
+            return total * self.norms[0].weight.element_size() + 4 * inner * width + (2 * inner + width) * tokens
+        return total * self.norms[0].weight.element_size()
 
 
 def install_blocks(
@@ -144,6 +164,7 @@ def install_blocks(
     keep: Keep | None = None,
     room: Room | None = None,
     fp8: Fp8 = "none",
+    joins: bool | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[int, int, str | None]:
     """Fuses the decoder layers of a model that the fused function computes as they do themselves.
@@ -156,6 +177,8 @@ def install_blocks(
         keep: what layers keep for the backward pass; None: chosen by `room`.
         room: the memory there is; by default the card's.
         fp8: which products with frozen weights are made in 8-bit floats.
+        joins: whether dense weights that read one input become parts of one matrix until `uninstall_blocks`; None: on
+            a GPU. False where they will be sharded.
         say: takes a line about what is kept, for each batch longer than those before.
 
     Returns:
@@ -178,6 +201,8 @@ def install_blocks(
     for layer in found:
         layer.module.__dict__[_STATE] = layer
         layer.module.__dict__["forward"] = MethodType(_replacement(type(layer.module).forward), layer.module)
+        if joins or (joins is None and layer.norms[0].weight.is_cuda):
+            _join(layer)
     reason = reasons[0] if reasons else None if layers else "it has no list of decoder layers"
     return len(found), len(layers), reason
 
@@ -194,9 +219,32 @@ def uninstall_blocks(model: nn.Module) -> int:
             continue
         if not getattr(getattr(module.__dict__.get("forward"), "__func__", None), _STATE, False):
             raise InputError("a layer's forward was replaced after it was fused: undo that replacement first")
+        _part(module.__dict__[_STATE])
         del module.__dict__["forward"], module.__dict__[_STATE]
         count += 1
     return count
+
+
+def _join(layer: _Layer) -> None:
+    """Makes a layer's dense weights one matrix for each group, with room for the adapters that are active now."""
+    for names in GROUPS:
+        modules = [layer.module.get_submodule(_PROJECTIONS[name]) for name in names.split()]
+        linears = [linear for module in modules if not isinstance(linear := fused_linear(module), str)]
+        if layer.fusion.fp8.issuperset(names.split()) or len(linears) < len(modules):
+            continue
+        whole = join([module.weight for module in modules], sum(linear.rank for linear in linears))
+        if whole is not None:
+            layer.fusion.store.joined[layer.index, names] = whole
+
+
+def _part(layer: _Layer) -> None:
+    """Undoes `_join`."""
+    for names in GROUPS:
+        whole = layer.fusion.store.joined.pop((layer.index, names), None)
+        weights = [layer.module.get_submodule(_PROJECTIONS[name]).weight for name in names.split()]
+        if whole is not None:
+            storage = whole.untyped_storage().data_ptr()
+            part(w for w in weights if packed_of(w) is None and w.untyped_storage().data_ptr() == storage)
 
 
 def needs_mask(model: nn.Module) -> bool:
@@ -300,8 +348,8 @@ def _replacement(own: Any) -> Any:
     return forward
 
 
-def call_of(layer: _Layer, given: dict[str, Any]) -> Call | str:
-    """A layer's call as the fused function takes it, or why it does not fit."""
+def call_of(layer: _Layer, given: dict[str, Any], keep: Keep | None = None) -> Call | str:
+    """A layer's call as the fused function takes it, or why it does not fit; `keep` None is asked of the plan."""
     module, x = layer.module, given.get("hidden_states")
     if given.get("past_key_values") is not None or given.get("use_cache"):
         return "a cache is wanted"
@@ -338,10 +386,11 @@ def call_of(layer: _Layer, given: dict[str, Any]) -> Call | str:
         cos=cos,
         sin=sin,
         attend=_attention(attn, given),
-        keep=fusion.of(layer, x),
+        keep=keep or fusion.of(layer, x),
         host=fusion.host,
         fp8=fusion.fp8,
-        held=fusion.held,
+        store=fusion.store,
+        handed=fusion.handed,
         index=layer.index,
     )
 
@@ -441,11 +490,11 @@ def _differs(layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
 def _computes_the_same(layer: _Layer, like: Tensor, given: dict[str, Any]) -> bool:
     """Updates and input gradients of the layer's own forward and of the fused function, on random rows."""
     own = type(layer.module).forward
-    call = call_of(layer, {**given, "hidden_states": like})
+    call = call_of(layer, {**given, "hidden_states": like}, keep="input")
     if isinstance(call, str):
         # What holds now may not in training: only the structure is on trial.
         return True
-    call.keep, call.fp8 = "input", frozenset()
+    call.fp8 = frozenset()
 
     def output(x: Tensor) -> Tensor:
         out = own(layer.module, x, **given)

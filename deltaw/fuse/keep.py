@@ -29,13 +29,13 @@ class Room:
         budget_bytes: that the process may have allocated at its peak; None: whatever the card has.
         later_bytes: that will be allocated after the first forward pass and stay: gradients and optimizer states.
         head_bytes: the loss takes at its peak.
-        hold_bytes: of the base in 8 bits, by rows and by columns, which stays where there is room left over; 0: never.
+        holds: whether weights as products take them, decoded or in 8 bits, may stay where room is left over.
     """
 
     budget_bytes: int | None = None
     later_bytes: int = 0
     head_bytes: int = 0
-    hold_bytes: int = 0
+    holds: bool = False
 
     def left(self, device: torch.device, working_bytes: int) -> int:
         """Bytes for kept tensors, where the backward pass of one layer takes `working_bytes` beside them."""

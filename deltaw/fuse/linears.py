@@ -6,13 +6,13 @@ multiplies, g = dL/dz (M, out), k = scale g B (M, r).
 
     dA = k^T x        dB = scale g^T h        dx = sum over the group of g W + k A        dc = sum over tokens of dy z
 
-The low-rank product is made first, and the frozen one is added to it by its own GEMM: one pass over the output less
-than the other way round. The group's A are one matrix, so that x is read once for all h, and once for all dA.
+A group is computed as one linear: its W and A under one another, its B in the diagonal blocks of one matrix, its
+outputs side by side. So x is read once for all h and once for all dA, and frozen products are as large as they can be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from deltaw.core.protocols import BaseWeight, LowRank
 from deltaw.kernels.fp8 import matmul_fp8, quantize_nf4, quantize_rows, quantize_rows_and_columns
 from deltaw.kernels.low_rank import outer_sum, project, project_and_sum
+from deltaw.kernels.scaled import scale_and_sum
 from deltaw.methods.host import AdaptedSite
 from deltaw.models.sites import SiteWeight
 from deltaw.quant.codebooks import nf4_code
-from deltaw.quant.weight import NF4Weight
+from deltaw.quant.weight import NF4Weight, dequantize_all
 
 #: |c| is kept from 0, since what it multiplied is found again by dividing by it.
 LEAST = 1e-6
@@ -121,15 +122,68 @@ def hooked(module: nn.Module) -> bool:
 #: W by rows and by columns in 8 bits with their scales, as `quantize_rows_and_columns` gives them.
 Narrow = tuple[Tensor, Tensor, Tensor, Tensor]
 
+#: Columns of low-rank factors are padded to multiples of this: rows then begin at multiples of 16 bytes.
+ALIGNED = 8
+
+
+@dataclass
+class Thin:
+    """The factors of a group's linears as one, in the dtype of the arithmetic.
+
+    Attributes:
+        A: (P, in), all A under one another, zeros below; P is the sum of ranks, padded.
+        B: (sum of out, P): every linear's scale B in its own rows and columns, zeros elsewhere.
+    """
+
+    A: Tensor
+    B: Tensor
+
+
+@dataclass
+class Store:
+    """What the groups of a model keep between calls, each by its name.
+
+    Attributes:
+        joined: dense weights as parts of one matrix with room for the factors, by `join`.
+        decoded: the same of weights in 4 bits, where what was decoded stays.
+        holds: layers (the first of a name) of which it may.
+        thin: the factors that are in a joined matrix now.
+        narrow: weights in 8 bits; None: they are made at every use.
+    """
+
+    joined: dict[Any, Tensor] = field(default_factory=dict)
+    decoded: dict[Any, Tensor] = field(default_factory=dict)
+    holds: range = range(0)
+    thin: dict[Any, Thin] = field(default_factory=dict)
+    narrow: dict[Any, Narrow] | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Of what `hold` lets stay."""
+        narrow = sum(t.nbytes for made in (self.narrow or {}).values() for t in made)
+        return narrow + sum(whole.nbytes for whole in self.decoded.values())
+
+    def hold(self, count: int, layers: int, *, narrow: bool) -> None:
+        """Lets decoded weights of the last `count` of the layers stay; or 8-bit ones, of all or of none."""
+        if narrow:
+            self.narrow = None if count < layers else {} if self.narrow is None else self.narrow
+            return
+        self.holds = range(max(0, layers - count), layers)
+        self.decoded = {name: whole for name, whole in self.decoded.items() if name[0] in self.holds}
+
 
 class Group:
     """Linears that read one input, for one forward pass and its backward pass.
 
+    Where W is decoded from 4 bits or has been joined, a product with it takes the low-rank part along: [x, h] [W, sB]^T
+    forward and [g, k] [W; A] back, so that nothing is added in passes of its own. x and g are then given with `spare`
+    more columns behind them, which are written to.
+
     Args:
         linears: of one input width.
         dtype: of the arithmetic's tensors.
-        fp8: whether products with W are made in 8-bit floats; the group's weights are then one matrix.
-        held: where the group's W in 8 bits stays from one call to the next, under `name`; None: nowhere.
+        fp8: whether products with W are made in 8-bit floats.
+        store: what stays between calls.
         name: of the group there.
     """
 
@@ -139,190 +193,340 @@ class Group:
         dtype: torch.dtype,
         *,
         fp8: bool = False,
-        held: dict[Any, Narrow] | None = None,
+        store: Store | None = None,
         name: Any = None,
     ) -> None:
-        self.linears, self.fp8, self.held, self.name = linears, fp8, held, name
-        lows = [linear.low for linear in linears if linear.low is not None]
-        # Narrow copies, made once for both passes: the factors are small.
-        self.A = torch.cat([low.A.detach().to(dtype) for low in lows]) if lows else None
-        self.B = [None if linear.low is None else linear.low.B.detach().to(dtype) for linear in linears]
-        self.c = [None if linear.factor is None else _apart(linear.factor.detach()) for linear in linears]
-        #: K of all linears side by side (M, sum of ranks), after `backward`.
+        self.linears, self.dtype, self.fp8, self.name = linears, dtype, fp8, name
+        self.store = Store() if store is None else store
+        self.widths = [linear.weight.shape[0] for linear in linears]
+        self.rows, self.columns = sum(self.widths), linears[0].weight.shape[1]
+        self.P = _padded(sum(linear.rank for linear in linears))
+        factors = [None if linear.factor is None else _apart(linear.factor.detach()) for linear in linears]
+        self.c = self._one(factors, 1.0)
+        self.bias = self._one([linear.bias for linear in linears], 0.0)
+        self.packed: list[Any] = [getattr(linear.weight, "packed", None) for linear in linears]
+        self.decoded = all(isinstance(weight, NF4Weight) for weight in self.packed)
+        self.joined = None if fp8 else self._held() if self.decoded else self._joined()
+        #: Columns that x and g may have behind them.
+        self.spare = self.P if self.joined is not None or (self.decoded and not fp8) else 0
+        self._thin: Thin | None = None
+        #: K of all linears side by side (M, P), after `backward`.
         self.k: Tensor | None = None
 
-    def project(self, x: Tensor) -> Tensor | None:
-        """H of all linears, side by side: (M, sum of ranks)."""
-        return None if self.A is None else project(x, self.A)
+    def _one(self, parts: Sequence[Tensor | None], otherwise: float) -> Tensor | None:
+        """Vectors one after the other; None where all are missing."""
+        known = [part for part in parts if part is not None]
+        if not known:
+            return None
+        if len(parts) == 1:
+            return known[0]
+        filled = zip(parts, self.widths, strict=True)
+        return torch.cat([known[0].new_full((n,), otherwise) if part is None else part for part, n in filled])
 
-    def outputs(self, x: Tensor, h: Tensor | None, *, onto: Tensor | None = None) -> list[Tensor]:
-        """The linears' z (M, out) (with their bias where there is no c); of x (M, in) and h.
+    def _fitting(self, kept: dict[Any, Tensor]) -> Tensor | None:
+        whole = kept.get(self.name)
+        if whole is None or whole.dtype != self.dtype or whole.shape != (self.rows + self.P, self.columns + self.P):
+            return None
+        return whole
 
-        Args:
-            x: the shared input.
-            h: as `project` gave it.
-            onto: (M, out), added to the one linear's output in the same pass; not written to.
-        """
-        if self.fp8:
-            return self._fp8_outputs(x, h, onto)
-        return [
-            self._output(x, part, linear, B, onto)
-            for linear, B, part in zip(self.linears, self.B, self.parts(h), strict=True)
-        ]
+    def _held(self) -> Tensor | None:
+        """W decoded for good, where that may stay."""
+        if self.name is None or self.name[0] not in self.store.holds:
+            return None
+        whole = self._fitting(self.store.decoded)
+        if whole is None:
+            shape = self.rows + self.P, self.columns + self.P
+            whole = torch.empty(shape, dtype=self.dtype, device=self.packed[0].device)
+            dequantize_all(self.packed, whole[: self.rows, : self.columns])
+            self.store.decoded[self.name] = whole
+        return whole
 
-    def _fp8_outputs(self, x: Tensor, h: Tensor | None, onto: Tensor | None) -> list[Tensor]:
-        """The same, views of one tensor: the 8-bit product cannot add to what is there."""
-        W, scale, _, _ = self._narrow()
-        whole = matmul_fp8(*quantize_rows(x), W, scale, out_dtype=x.dtype)
-        outs = whole.split([linear.weight.shape[0] for linear in self.linears], dim=1)
-        for out, linear, B, part in zip(outs, self.linears, self.B, self.parts(h), strict=True):
-            if linear.low is not None and B is not None and part is not None:
-                out.addmm_(part, B.t(), alpha=linear.low.scale)
-            if linear.bias is not None and linear.factor is None:
-                out.add_(linear.bias.to(out.dtype))
-            if onto is not None:
-                out.add_(onto)
-        return list(outs)
+    def _joined(self) -> Tensor | None:
+        """The matrix that the weights are parts of, where they still are."""
+        whole = self._fitting(self.store.joined)
+        if whole is None:
+            return None
+        at = whole.data_ptr()
+        for linear, width in zip(self.linears, self.widths, strict=True):
+            W = linear.weight.dequantize()
+            if W.data_ptr() != at or W.stride() != whole.stride():
+                return None
+            at += width * whole.stride(0) * whole.element_size()
+        return whole
 
-    def _narrow(self) -> Narrow:
-        if self.held is not None and self.name in self.held:
-            return self.held[self.name]
-        packed: list[Any] = [getattr(linear.weight, "packed", None) for linear in self.linears]
-        if all(isinstance(weight, NF4Weight) for weight in packed):
-            made = quantize_nf4(packed, nf4_code(packed[0].device))
+    # Factors.
+
+    @property
+    def thin(self) -> Thin:
+        """All factors as one, read once. There has to be one."""
+        # Another pass's factors may have taken the place in a joined matrix since.
+        if self._thin is None or (self.joined is not None and self.store.thin.get(self.name) is not self._thin):
+            self._thin = self._made()
+            if self.joined is not None:
+                self.store.thin[self.name] = self._thin
+        return self._thin
+
+    def _made(self) -> Thin:
+        if (whole := self.joined) is not None:
+            A, B = whole[self.rows :, : self.columns], whole[: self.rows, self.columns :]
         else:
-            made = quantize_rows_and_columns([linear.weight.dequantize() for linear in self.linears])
-        if self.held is not None:
-            self.held[self.name] = made
+            like = next(linear.low.A for linear in self.linears if linear.low is not None)
+            A, B = (like.new_empty(*shape, dtype=self.dtype) for shape in ((self.P, self.columns), (self.rows, self.P)))
+        if self.P > self.linears[0].rank:
+            B.zero_()
+        at = row = 0
+        for linear, width in zip(self.linears, self.widths, strict=True):
+            if (low := linear.low) is not None:
+                A[at : at + linear.rank].copy_(low.A.detach())
+                torch.mul(low.B.detach(), low.scale, out=B[row : row + width, at : at + linear.rank])
+                at += linear.rank
+            row += width
+        if at < self.P:
+            A[at:].zero_()
+        return Thin(A, B)
+
+    # Products with W.
+
+    def _weight(self, *, B: bool = False, A: bool = False) -> Tensor | None:
+        """W (rows, in), with sB behind it or A below it; None where it is no one matrix."""
+        below, behind = self.P * A, self.P * B
+        if self.joined is not None:
+            if self.P and (A or B):
+                assert self.thin is not None
+            return self.joined[: self.rows + below, : self.columns + behind]
+        if not self.decoded:
+            return None
+        device = self.packed[0].device
+        made = torch.empty(self.rows + below, self.columns + behind, dtype=self.dtype, device=device)
+        dequantize_all(self.packed, made[: self.rows, : self.columns])
+        if below:
+            made[self.rows :].copy_(self.thin.A)
+        if behind:
+            made[:, self.columns :].copy_(self.thin.B)
         return made
 
-    def _output(self, x: Tensor, h: Tensor | None, linear: Fused, B: Tensor | None, onto: Tensor | None) -> Tensor:
-        W = linear.weight.dequantize(dtype=x.dtype)
-        bias = None if linear.bias is None or linear.factor is not None else linear.bias.to(x.dtype)
-        if h is None or B is None:
-            if onto is None:
-                return torch.mm(x, W.t()) if bias is None else torch.addmm(bias, x, W.t())
-            out = torch.addmm(onto, x, W.t())
-            return out if bias is None else out.add_(bias)
-        assert linear.low is not None
-        scale = linear.low.scale
-        if onto is not None:
-            out = torch.addmm(onto, h, B.t(), alpha=scale)
-            if bias is not None:
-                out.add_(bias)
-        elif bias is not None:
-            out = torch.addmm(bias, h, B.t(), alpha=scale)
-        else:
-            out = torch.mm(h * scale, B.t())
-        return out.addmm_(x, W.t())
+    def _times(self, x: Tensor, out: Tensor, *, transposed: bool, add: bool) -> Tensor:
+        """X W^T, or x W where not `transposed`, into or onto `out`."""
+        W = self._weight()
+        if W is not None:
+            factor = W.t() if transposed else W
+            return out.addmm_(x, factor) if add else torch.mm(x, factor, out=out)
+        at = 0
+        for linear, width in zip(self.linears, self.widths, strict=True):
+            W, columns = linear.weight.dequantize(dtype=self.dtype), slice(at, at + width)
+            left, right = (x, W.t()) if transposed else (x[:, columns], W)
+            target = out[:, columns] if transposed else out
+            if add or (at and not transposed):
+                target.addmm_(left, right)
+            else:
+                torch.mm(left, right, out=target)
+            at += width
+        return out
 
-    def finish(self, outs: Sequence[Tensor]) -> list[Tensor]:
+    # Forward.
+
+    def project(self, x: Tensor) -> Tensor | None:
+        """H of all linears, side by side: (M, P)."""
+        return project(x[:, : self.columns], self.thin.A) if self.P else None
+
+    def outputs(self, x: Tensor, h: Tensor | None, *, onto: Tensor | None = None, spare: int = 0) -> Tensor:
+        """The linears' z (M, rows), side by side, with their bias where there is no c.
+
+        Args:
+            x: (M, in) or (M, in + spare), the shared input.
+            h: as `project` gave it.
+            onto: (M, rows), added in the same pass; not written to.
+            spare: columns of memory behind the result.
+        """
+        if self.fp8:
+            z = self._fp8_outputs(x, h)
+            z = z if onto is None else z.add_(onto)
+        elif h is not None and x.shape[1] == self.columns + self.P:
+            W = self._weight(B=True)
+            assert W is not None
+            x[:, self.columns :].copy_(h)
+            z = self._empty(x, spare)
+            torch.mm(x, W.t(), out=z) if onto is None else torch.addmm(onto, x, W.t(), out=z)
+        else:
+            z, begun = self._empty(x, spare), True
+            if h is not None:
+                torch.mm(h, self.thin.B.t(), out=z) if onto is None else torch.addmm(onto, h, self.thin.B.t(), out=z)
+            elif onto is not None:
+                z.copy_(onto)
+            else:
+                begun = False
+            self._times(x[:, : self.columns], z, transposed=True, add=begun)
+        return z if self.bias is None or self.c is not None else z.add_(self.bias.to(z.dtype))
+
+    def _empty(self, x: Tensor, spare: int) -> Tensor:
+        return x.new_empty(len(x), self.rows + spare)[:, : self.rows]
+
+    def _fp8_outputs(self, x: Tensor, h: Tensor | None) -> Tensor:
+        """The 8-bit product cannot add to what is there."""
+        W, scale, _, _ = self._narrow()
+        z = matmul_fp8(*quantize_rows(x), W, scale, out_dtype=x.dtype)
+        return z if h is None else z.addmm_(h, self.thin.B.t())
+
+    def _narrow(self) -> Narrow:
+        held = self.store.narrow
+        if held is not None and self.name in held:
+            return held[self.name]
+        if self.decoded:
+            made = quantize_nf4(self.packed, nf4_code(self.packed[0].device))
+        else:
+            made = quantize_rows_and_columns([linear.weight.dequantize() for linear in self.linears])
+        if held is not None:
+            held[self.name] = made
+        return made
+
+    def finish(self, z: Tensor) -> Tensor:
         """Y of z, in place: c z + b where there is a c."""
-        for out, c, linear in zip(outs, self.c, self.linears, strict=True):
-            if c is not None:
-                out.mul_(c.to(out.dtype))
-                if linear.bias is not None:
-                    out.add_(linear.bias.to(out.dtype))
-        return list(outs)
+        if self.c is not None:
+            z.mul_(self.c.to(z.dtype))
+            if self.bias is not None:
+                z.add_(self.bias.to(z.dtype))
+        return z
 
     def parts(self, h: Tensor | None) -> list[Tensor | None]:
         """H by linear."""
-        if h is None:
-            return [None] * len(self.linears)
-        pieces = iter(h.split([linear.rank for linear in self.linears if linear.low is not None], dim=1))
-        return [None if linear.low is None else next(pieces) for linear in self.linears]
-
-    def scale_gradients(self, grads: Sequence[Tensor], ys: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Turns dL/dy into dL/dz in place, and gives dc (out,) float32 from y (c z + b); None where there is no c."""
         found: list[Tensor | None] = []
-        for g, y, c, linear in zip(grads, ys, self.c, self.linears, strict=True):
-            if c is None:
-                found.append(None)
-                continue
-            assert y is not None
-            total = products(g, y)
-            if linear.bias is not None:
-                total = total - linear.bias.to(total.dtype) * g.sum(0, dtype=total.dtype)
-            found.append(total / c.to(total.dtype))
-            g.mul_(c.to(g.dtype))
+        at = 0
+        for linear in self.linears:
+            found.append(None if linear.low is None or h is None else h[:, at : at + linear.rank])
+            at += linear.rank
         return found
+
+    # Backward.
+
+    def scale_gradients(self, g: Tensor, y: Tensor) -> list[Tensor | None]:
+        """Turns dL/dy (M, rows) into dL/dz in place; gives dc (out,) float32 of y = c z + b by linear, or None."""
+        if self.c is None:
+            return [None] * len(self.linears)
+        offset = None if self.bias is None else self.bias * g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+        _, total = scale_and_sum(g, y, self.c, out=g)
+        return self.dc(total if offset is None else total - offset, of_y=True)
+
+    def dc(self, total: Tensor, *, of_y: bool = False) -> list[Tensor | None]:
+        """Dc by linear, of the sums over tokens of dy z, or of dy y without the bias."""
+        assert self.c is not None
+        found = (total / self.c.to(total.dtype) if of_y else total).split(self.widths)
+        return [None if linear.factor is None else one for linear, one in zip(self.linears, found, strict=True)]
 
     def backward(
         self,
-        grads: Sequence[Tensor],
+        g: Tensor,
         x: Tensor | None,
         h: Tensor | None,
         *,
         need_x: bool = True,
-        known: Sequence[tuple[Tensor, Tensor]] | None = None,
+        known: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-        """Gradients of dL/dz (M, out) by linear.
+        """Gradients of dL/dz.
 
         Args:
-            grads: dL/dz; not written to.
+            g: (M, rows) or (M, rows + spare); the spare columns are written to.
             x: (M, in); None: `dA` is taken later, by `take_dA`.
             h: as `project` gave it.
             need_x: whether dx is wanted.
-            known: (k, dB) by linear, where they have been made already.
+            known: k and dB by linear, where they have been made already.
 
         Returns:
             dx (M, in), and (dA, dB) by linear, float32 or wider.
         """
-        ks: list[Tensor] = []
-        dBs: list[Tensor | None] = []
-        for index, (g, linear, B, part) in enumerate(zip(grads, self.linears, self.B, self.parts(h), strict=True)):
-            if B is None or part is None:
-                dBs.append(None)
-                continue
-            assert linear.low is not None
-            k, dB = project_and_sum(g, B, part, scale=linear.low.scale) if known is None else known[index]
-            ks.append(k)
-            dBs.append(dB)
-        self.k = None if not ks else ks[0] if len(ks) == 1 else torch.cat(ks, dim=1)
+        wide = g.shape[1] > self.rows
+        whole, g = g, g[:, : self.rows]
+        dBs: list[Tensor | None] = [None] * len(self.linears)
+        if h is not None:
+            room = whole[:, self.rows :] if wide else g.new_empty(len(g), self.P)
+            dBs = self._low_rank(g, h, room, known)
+            self.k = room
         dx: Tensor | None = None
         if need_x and self.fp8:
             _, _, W, scale = self._narrow()
-            dx = matmul_fp8(*quantize_rows(side_by_side(grads)), W, scale, out_dtype=grads[0].dtype)
-            if self.k is not None and self.A is not None:
-                dx.addmm_(self.k, self.A)
+            dx = matmul_fp8(*quantize_rows(g), W, scale, out_dtype=g.dtype)
+            if self.k is not None:
+                dx.addmm_(self.k, self.thin.A)
+        elif need_x and wide:
+            weight = self._weight(A=True)
+            assert weight is not None
+            dx = torch.mm(whole, weight)
         elif need_x:
-            if self.k is not None and self.A is not None:
-                dx = torch.mm(self.k, self.A)
-            for g, linear in zip(grads, self.linears, strict=True):
-                W = linear.weight.dequantize(dtype=g.dtype)
-                dx = torch.mm(g, W) if dx is None else dx.addmm_(g, W)
+            dx = g.new_empty(len(g), self.columns)
+            if self.k is not None:
+                torch.mm(self.k, self.thin.A, out=dx)
+            self._times(g, dx, transposed=False, add=self.k is not None)
         dAs = [None] * len(self.linears) if x is None else self.take_dA(x)
         return dx, list(zip(dAs, dBs, strict=True))
+
+    def _low_rank(
+        self, g: Tensor, h: Tensor, k: Tensor, known: tuple[Sequence[Tensor], Sequence[Tensor]] | None
+    ) -> list[Tensor | None]:
+        """Fills in k (M, P), and gives dB by linear."""
+        if known is not None:
+            at = 0
+            for one in known[0]:
+                k[:, at : at + one.shape[1]].copy_(one)
+                at += one.shape[1]
+            k[:, at:].zero_() if at < self.P else None
+            return [*known[1]]
+        if len(self.linears) == 1:
+            made, total = project_and_sum(g, self.thin.B, h, scale=1.0)
+            k.copy_(made)
+        else:
+            # Reading g twice, but in two products for all linears.
+            torch.mm(g, self.thin.B, out=k)
+            total = outer_sum(g, h)
+        found: list[Tensor | None] = []
+        at = row = 0
+        for linear, width in zip(self.linears, self.widths, strict=True):
+            block = total[row : row + width, at : at + linear.rank]
+            found.append(None if linear.low is None else block * linear.low.scale)
+            at, row = at + linear.rank, row + width
+        return found
 
     def take_dA(self, x: Tensor) -> list[Tensor | None]:
         """DA by linear, (r, in), after `backward`."""
         if self.k is None:
             return [None] * len(self.linears)
-        pieces = iter(outer_sum(self.k, x).split([linear.rank for linear in self.linears if linear.low is not None]))
-        return [None if linear.low is None else next(pieces) for linear in self.linears]
+        total, found, at = outer_sum(self.k, x), [], 0
+        for linear in self.linears:
+            found.append(None if linear.low is None else total[at : at + linear.rank])
+            at += linear.rank
+        return found
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-    """Matrices (M, n) as one (M, sum of n); without a copy where they are views of one that lie next to each other."""
-    first, total, at = tensors[0], sum(t.shape[1] for t in tensors), tensors[0].storage_offset()
-    for t in tensors:
-        same = t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or t.stride() != (total, 1) or t.storage_offset() != at:
-            return torch.cat(list(tensors), dim=1)
-        at += t.shape[1]
-    return first.as_strided((len(first), total), (total, 1), first.storage_offset())
+def join(weights: Sequence[nn.Parameter], ranks: int) -> Tensor | None:
+    """Makes dense weights (out_i, in) parts of one matrix (sum of out + P, in + P), P the padded sum of ranks.
+
+    Their values stay what they are. None, and nothing is done, for weights that are no plain, unshared parameters.
+    """
+    first = weights[0]
+    for weight in weights:
+        plain = type(weight) is nn.Parameter and weight.dim() == 2 and weight.is_contiguous()
+        if not plain or (weight.dtype, weight.device, weight.shape[1]) != (first.dtype, first.device, first.shape[1]):
+            return None
+        if weight.untyped_storage().nbytes() != weight.nbytes:
+            return None
+    room = _padded(ranks)
+    rows = sum(len(weight) for weight in weights)
+    whole = torch.empty(rows + room, first.shape[1] + room, dtype=first.dtype, device=first.device)
+    at = 0
+    for weight in weights:
+        part = whole[at : at + len(weight), : first.shape[1]]
+        part.copy_(weight.data)
+        weight.data = part
+        at += len(part)
+    return whole
 
 
-def products(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over tokens of a b: two (M, out) to (out,), in float32 or wider."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    if a.device.type == "cpu":
-        return (a * b).sum(0, dtype=wide)
-    total = torch.zeros(a.shape[1], device=a.device, dtype=wide)
-    # A product of the whole would be as large as a.
-    for start in range(0, len(a), 2048):
-        total += (a[start : start + 2048] * b[start : start + 2048]).sum(0, dtype=wide)
-    return total
+def part(weights: Iterable[nn.Parameter]) -> None:
+    """Gives weights that `join` has joined memory of their own again."""
+    for weight in weights:
+        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+
+
+def _padded(ranks: int) -> int:
+    return -(-ranks // ALIGNED) * ALIGNED
 
 
 def _apart(c: Tensor) -> Tensor:

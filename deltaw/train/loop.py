@@ -67,7 +67,10 @@ def local_device(device: str) -> str:
     """The device of this process: under torchrun each has its own GPU."""
     if world_size() == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    # Triton launches on the current device, whatever its tensors' one is.
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
 
 
 def fit(
@@ -214,11 +217,12 @@ def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
         budget_bytes=None if config.memory_budget is None else bytes_of(config.memory_budget),
         later_bytes=sum(p.numel() * p.element_size() for p in trained) * (1 + states),
         head_bytes=HEAD_BYTES,
-        # Two bytes a weight; pointless where each process has a part of the base.
-        hold_bytes=2 * model.num_parameters() if config.sharding == "none" else 0,
+        # Pointless where each process has a part of the base.
+        holds=config.sharding == "none",
     )
     keep: Keep | None = "input" if config.gradient_checkpointing else None
-    fused, layers, reason = install_blocks(model, keep=keep, room=room, fp8=config.fp8, say=say)  # type: ignore[arg-type]
+    joins = None if config.sharding == "none" else False
+    fused, layers, reason = install_blocks(model, keep=keep, room=room, fp8=config.fp8, joins=joins, say=say)  # type: ignore[arg-type]
     if fused:
         say(f"{fused} of {layers} layers fused" + (f" ({reason})" if reason else ""))
         return

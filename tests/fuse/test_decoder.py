@@ -17,7 +17,6 @@ from deltaw.fuse.block import KEEPS, kept_bytes
 from deltaw.fuse.decoder import install_blocks, needs_mask, uninstall_blocks
 from deltaw.fuse.host_memory import HostMemory
 from deltaw.fuse.keep import Room, choose, told
-from deltaw.fuse.linears import side_by_side
 from deltaw.quant import quantize_model
 
 SHAPE = {
@@ -112,13 +111,68 @@ def test_every_family_and_method_is_as_its_own_modules_compute_it(family, method
     assert_like(gradients(model, batch), wanted, 1e-12)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_joined_for_the_time_being(family, method):
+    model, batch = model_of(family, method), batch_of()
+    wanted = gradients(model, batch)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for keep in KEEPS:
+        assert install_blocks(model, keep=keep, joins=True)[0] == 3
+        store = model.model.layers[0].__dict__["_deltaw_fused"].fusion.store
+        assert len(store.joined) == 12
+        assert_like(gradients(model, batch), wanted, CLOSE)
+        # Factors that have changed are seen, also where only one of two did.
+        with torch.no_grad():
+            changed = [p for p in model.parameters() if p.requires_grad]
+            for p in changed:
+                p.add_(0.1)
+        seen = gradients(model, batch)
+        uninstall_blocks(model)
+        assert_like(seen, gradients(model, batch), 10 * CLOSE)
+        with torch.no_grad():
+            for p in changed:
+                p.sub_(0.1)
+    for name, p in model.named_parameters():
+        assert p.is_contiguous() and p.untyped_storage().nbytes() == p.nbytes, name
+        assert torch.allclose(p, before[name], atol=1e-12), name
+
+
+def test_joined_weights_with_an_adapter_that_comes_and_goes():
+    model, batch = model_of("llama", "lora"), batch_of()
+    dw.adapt(model, dw.LoRA(r=6, target_modules=["q_proj", "up_proj"]), name="other", dtype=torch.float64)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "other" in name:
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    dw.set_adapter(model, "default")
+    install_blocks(model, keep="all", joins=True)
+    # Two passes forward with other factors in between, then both back.
+    first = model.model(**batch).last_hidden_state
+    dw.set_adapter(model, "other")
+    second = model.model(**batch).last_hidden_state
+    found = []
+    for hidden in (first, second):
+        model.zero_grad()
+        hidden.square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    uninstall_blocks(model)
+    for active, grads in zip(("default", "other"), found, strict=True):
+        dw.set_adapter(model, active)
+        model.zero_grad()
+        model.model(**batch).last_hidden_state.square().sum().backward()
+        for name, grad in grads.items():
+            true = dict(model.named_parameters())[name].grad
+            assert (grad - true).norm() <= CLOSE * true.norm(), (active, name)
+
+
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
 @pytest.mark.parametrize("method", ["lora", "dora", "some"])
 def test_frozen_biases(method, bias):
     model, batch = model_of("llama", method, **{bias: True}), batch_of()
     wanted = gradients(model, batch)
     for keep in ("all", "input"):
-        install_blocks(model, keep=keep)
+        install_blocks(model, keep=keep, joins=keep == "all")
         assert_like(gradients(model, batch), wanted, CLOSE)
         uninstall_blocks(model)
 
@@ -428,9 +482,9 @@ def test_products_in_eight_bits_are_near_and_held_weights_change_nothing(method,
         assert install_blocks(model, keep="input", fp8=fp8)[0] == 3
         found[fp8] = gradients(model, batch)
         fusion = model.model.layers[0].__dict__["_deltaw_fused"].fusion
-        fusion.held = {}
+        fusion.store.narrow = {}
         held = gradients(model, batch)
-        assert set(fusion.held) == {
+        assert set(fusion.store.narrow) == {
             (i, g) for i in range(3) for g in ("q k v", "o", "gate up", "down")[: 3 + (fp8 == "all")]
         }
         assert all(torch.equal(held[1][name], grad) for name, grad in found[fp8][1].items())
@@ -459,14 +513,6 @@ def test_with_products_that_lose_nothing_the_eight_bit_way_is_exact(method, four
             uninstall_blocks(model)
 
 
-@pytest.mark.parametrize("joined", [True, False])
-def test_matrices_side_by_side(joined):
-    whole = torch.randn(5, 9)
-    parts = [whole[:, :4], whole[:, 4:]] if joined else [whole[:, 4:], whole[:, :4]]
-    made = side_by_side(parts)
-    assert torch.equal(made, torch.cat(parts, dim=1)) and (made.data_ptr() == whole.data_ptr()) == joined
-
-
 def test_plans_by_the_card_s_memory(monkeypatch):
     model = model_of("llama", "lora", torch.float32)
     said = []
@@ -491,9 +537,34 @@ def test_plans_by_the_card_s_memory(monkeypatch):
     assert any("input" in plan and "all" in plan for plan in seen)
     assert len(said) == 5 and said[0] == "batches of 10 tokens: all 3 layers keep all"
 
-    fusion = layer.fusion
-    fusion.room, fusion.plans = Room(hold_bytes=500_000), {}
-    fusion.of(layer, SimpleNamespace(is_cuda=True, device="cuda", shape=(1, 10, 32), numel=lambda: 320))
-    assert fusion.held == {}, "4 MB for the process, 1 MB in use: 8-bit weights may stay"
-    fusion.of(layer, SimpleNamespace(is_cuda=True, device="cuda", shape=(1, 40_000, 32), numel=lambda: 32 * 40_000))
-    assert fusion.held is None
+    def plan(tokens):
+        x = SimpleNamespace(is_cuda=True, device="cuda", shape=(1, tokens, 32), numel=lambda: 32 * tokens)
+        return layer.fusion.of(layer, x)
+
+    layer.fusion.room, layer.fusion.plans, layer.fusion.held_layers = Room(holds=True), {}, 3
+    plan(10)
+    assert layer.fusion.store.narrow == {}, "4 MB for the process, 1 MB in use: 8-bit weights may stay"
+    plan(40_000)
+    plan(11)
+    assert layer.fusion.store.narrow is None, "what a longer batch has no room for does not come back"
+
+
+def test_decoded_weights_stay_where_there_is_room():
+    model, batch = model_of("llama", "lora", torch.float32, four_bits=True), batch_of()
+    wanted = gradients(model, batch)
+    install_blocks(model, keep="all")
+    fusion = model.model.layers[0].__dict__["_deltaw_fused"].fusion
+    fusion.store.hold(2, 3, narrow=False)
+    first = gradients(model, batch)
+    assert {index for index, _ in fusion.store.decoded} == {1, 2} and len(fusion.store.decoded) == 8
+    assert fusion.store.held_bytes == sum(whole.nbytes for whole in fusion.store.decoded.values()) > 0
+    assert_like(first, wanted, CLOSE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2.0)
+    changed = gradients(model, batch)
+    uninstall_blocks(model)
+    assert_like(changed, gradients(model, batch), CLOSE)
+    fusion.store.hold(1, 3, narrow=False)
+    assert {index for index, _ in fusion.store.decoded} == {2}
