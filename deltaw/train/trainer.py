@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ from deltaw.core.errors import InputError, RunError
 from deltaw.core.files import sync_folder
 from deltaw.methods import adapter_parameters
 from deltaw.methods.contract import Controller
-from deltaw.methods.host import active_method, parts_of, set_merge_aware, steady_parts
+from deltaw.methods.host import active_method, parts_of, steady_parts
 from deltaw.quant.paged import PagedAdamW, paged_optimizer
+from deltaw.train.finite import Breaks
 from deltaw.train.groups import parameter_groups, rate_ratios
 from deltaw.train.losses import SummedLoss
 from deltaw.train.order import StepOrder
@@ -37,6 +40,7 @@ from deltaw.train.sharding import (
     optimizer_state,
     whole_state,
 )
+from deltaw.train.watch import Watch
 
 EvaluateFn = Callable[[nn.Module], dict[str, float]]
 
@@ -91,10 +95,12 @@ class DeltawTrainer(transformers.Trainer):
         adapted = [part for _, _, part in parts_of(kwargs["model"], adapter)]
         self.steady = steady_parts(kwargs["model"])
         self.extra_losses = [part.extra_loss for part in adapted if hasattr(part, "extra_loss")]
+        # A copy that the host waits for would wait for all that the device has still to do.
+        kwargs["args"].accelerator_config.non_blocking = kwargs["args"].dataloader_pin_memory
         super().__init__(*args, **kwargs)
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(transformers.ProgressCallback)
-        self.add_callback(_Watch(self))
+        self.add_callback(Watch(self))
         self.model_accepts_loss_kwargs = True
         self.task: str = kwargs["data_collator"].task
         step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -108,7 +114,13 @@ class DeltawTrainer(transformers.Trainer):
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_before = 0
         self.finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        self.breaks = Breaks(self.args.device)
         self.grad_norm: Any = None
+        #: Whatever of the model is trained, for which Trainer would walk all modules several times a step.
+        self.trained: list[nn.Parameter] = []
+        self.epoch_iterator: Any = None
+        #: An epoch's iterator, and the next step's batches from it with their number of labels.
+        self.ahead: tuple[Any, Any] = (None, None)
         self.seconds_before = 0.0
         self.began = time.perf_counter()
 
@@ -164,9 +176,41 @@ class DeltawTrainer(transformers.Trainer):
 
     # One step.
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own, and the model afterwards as it was."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.model_wrapped.__dict__.pop("zero_grad", None)
+
+    def begin(self) -> None:
+        """Everything is prepared and the first step comes next."""
+        model: Any = self.model_wrapped
+        model.train()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        # Of 32 layers with 448 trained tensors, walking for this, clipping and `train` takes half of the host's time
+        # between two steps.
+        model.zero_grad = functools.partial(_forget_gradients, self.trained)
+        self.take_control()
+        self.began = time.perf_counter()
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """A step's batches and how many labels they have: what `fetch_ahead` made, where it did."""
+        (source, found), self.ahead = self.ahead, (None, None)
+        self.epoch_iterator = epoch_iterator
+        return found if source is epoch_iterator else super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def fetch_ahead(self) -> None:
+        """Makes the next step's batches while the device is busy with this one."""
+        # A private step is drawn when it is due, and the last one is followed by none.
+        if self.private is None and self.state.global_step + 1 < self.state.max_steps:
+            source, args = self.epoch_iterator, self.args
+            # Nothing, at an epoch's end: the next one has an iterator of its own.
+            self.ahead = source, super().get_batch_samples(source, args.gradient_accumulation_steps, args.device)
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Labels that carry loss, of a whole step over all processes; at least 1, so that none means a loss of 0."""
-        if self.private is not None:
+        if self.private is not None or not batch_samples:
             return torch.ones((), dtype=torch.long, device=device)
         counts = [self.summed_loss.counts(batch["labels"]).sum() for batch in batch_samples]
         count = torch.stack(counts).sum().to(device)
@@ -201,7 +245,7 @@ class DeltawTrainer(transformers.Trainer):
     def _private_step(self, model: Any, drawn: list[MicroBatch]) -> Tensor:
         """A whole step; its loss is told to nobody."""
         assert self.private_gradients is not None
-        model.train()
+        self._train_mode(model)
         rows: Any = self.train_dataset
         batches = [(micro, self._prepare_inputs(self.data_collator([rows[i] for i in micro.rows]))) for micro in drawn]
         extra = (lambda: torch.stack([one() for one in self.extra_losses]).sum()) if self.extra_losses else None
@@ -218,23 +262,49 @@ class DeltawTrainer(transformers.Trainer):
             return self._private_step(model, inputs)
         mask = inputs.get("attention_mask")
         count = inputs["input_ids"].numel() if mask is None else mask.sum()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._train_mode(model)
+        loss: Tensor = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        loss = loss.detach()
         self.tokens_seen += count
         self.finite &= torch.isfinite(loss)
         return loss
 
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._get_grad_norm(*args, **kwargs)
+    def _train_mode(self, model: nn.Module) -> None:
+        # Trainer's own step turns it on every time, module by module.
+        within: Any = self.model
+        if not within.training:
+            model.train()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(SimpleNamespace(parameters=lambda: self.trained))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(SimpleNamespace(parameters=lambda: self.trained), grad_norm=grad_norm)
         self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return self.grad_norm
 
     def check_finite(self) -> None:
-        """Stops every process before an update that a NaN in any of them would spoil."""
-        broken = self.summed((~self.finite).long())
-        if int(broken):
-            raise self._not_finite("loss is", self.state.global_step + 1)
-        if self.grad_norm is not None and not bool(torch.isfinite(torch.as_tensor(self.grad_norm))):
-            raise self._not_finite("gradient is", self.state.global_step + 1)
+        """Keeps an update away that a NaN in any process would spoil, and stops all of them.
+
+        torch's fused optimizers skip it on the device: the host hears of it later, from `stop_at_breaks`, and need not
+        wait for the device in every step. Whatever else would follow such a step is held up until it has heard.
+        """
+        found = torch.stack([~self.finite, ~torch.isfinite(self.grad_norm).to(self.finite.device)])
+        self.breaks.add(self.state.global_step + 1, self.summed(found.long()))
+        optimizer: Any = self.optimizer
+        own = optimizer.optimizer
+        # A controller changes weights after the update, skipped or not.
+        if self.controller is None and getattr(own, "_step_supports_amp_scaling", False):
+            own.found_inf = self.breaks.any()
+        else:
+            self.stop_at_breaks(behind=0)
+
+    def stop_at_breaks(self, *, behind: int) -> None:
+        """Raises at the first loss or gradient that was not finite; of the last `behind` steps nothing is asked."""
+        found = self.breaks.first(behind=behind)
+        if found is not None:
+            raise self._not_finite(*found)
 
     def _not_finite(self, what: str, step: int) -> RunError:
         last = self.run_folder.last_checkpoint()
@@ -459,58 +529,9 @@ class DeltawTrainer(transformers.Trainer):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, {**logs, "epoch": epoch})
 
 
-class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
-    """Ties the trainer's checks to the loop's events."""
-
-    def __init__(self, trainer: DeltawTrainer) -> None:
-        self.trainer = trainer
-        self.checked = False
-
-    def _settle(self) -> None:
-        """The parameters have changed, and stay as they are until the next optimizer step."""
-        for part in self.trainer.steady:
-            part.steady(True)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.take_control()
-        self._settle()
-        self.trainer.began = time.perf_counter()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        collator = self.trainer.data_collator
-        epoch = self.trainer.order.epoch = int(state.epoch or 0)
-        if hasattr(collator, "set_epoch"):
-            collator.set_epoch(epoch)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        share = self.trainer.merge_aware
-        if share:
-            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            set_merge_aware(model, state.global_step >= round((1 - share) * state.max_steps))
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_finite()
-        if not self.checked:
-            self.trainer.check_moved()
-            self.checked = True
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.controller is not None:
-            self.trainer.controller.after_update(state.global_step + 1)
-        self._settle()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # What is due once an epoch is done at its last step, so that an evaluation always comes before the checkpoint
-        # of its step: a run that dies in between measures again when it is resumed.
-        if float(state.epoch).is_integer() or control.should_training_stop:
-            control.should_evaluate |= args.eval_strategy == "epoch"
-            control.should_save |= args.save_strategy == "epoch"
-        # A checkpoint holds no sums of losses: what was gathered is logged first, resumed or not.
-        if control.should_save or control.should_evaluate:
-            control.should_log = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_evaluate = control.should_save = False
+def _forget_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    for p in parameters:
+        p.grad = None
 
 
 def check_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,8 @@
 """What torchrun starts in the tests of distributed training: jobs from a JSON file, one after another.
 
 A job is a dictionary: `keys` of a run or the folder to `resume`; `stop_at` a step before which every process stops;
-`poison` a process whose loss becomes NaN at a step. What the processes wrote, said and raised goes into `log`.
+`poison` a process whose loss becomes NaN at a step; `fused` AdamW, as on GPUs. What the processes wrote, said and
+raised goes into `log`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ class Stopped(BaseException):
 
 
 def main(file: str) -> None:
+    from transformers.training_args import OptimizerNames
+
     from deltaw.core.errors import DeltawError
     from deltaw.studies.job import resume
     from deltaw.studies.job import run_training as train
+    from deltaw.train import loop
     from deltaw.train.sharding import local_part
     from deltaw.train.trainer import DeltawTrainer
 
     spec = json.loads(Path(file).read_text())
     rank = int(os.environ["RANK"])
-    own = DeltawTrainer.training_step
+    own, arguments = DeltawTrainer.training_step, loop.training_arguments
     written: set[str] = set()
     watch(spec["root"], written)
     log = []
@@ -38,6 +42,7 @@ def main(file: str) -> None:
         def step(self: Any, *args: Any, job: Any = job, entry: Any = entry, **kwargs: Any) -> Any:
             held = sum(local_part(p).numel() for p in self.model.parameters())
             entry["share"] = held / sum(p.numel() for p in self.model.parameters())
+            entry["steps"] = self.state.global_step + 1
             if self.state.global_step == job.get("stop_at"):
                 raise Stopped
             loss = own(self, *args, **kwargs)
@@ -45,7 +50,13 @@ def main(file: str) -> None:
                 self.finite &= False
             return loss
 
-        DeltawTrainer.training_step = step
+        def optimizer(*args: Any, job: Any = job, **kwargs: Any) -> Any:
+            made = arguments(*args, **kwargs)
+            if job.get("fused"):
+                made.optim = OptimizerNames.ADAMW_TORCH_FUSED
+            return made
+
+        DeltawTrainer.training_step, loop.training_arguments = step, optimizer
         say = entry["said"].append
         try:
             if "resume" in job:

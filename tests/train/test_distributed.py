@@ -25,6 +25,8 @@ KEYS = {
     "r": 2, "dropout": 0.0, "epochs": 2, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 5e-3, "log_every": 1,
     "eval_every": 4, "save_every": 2, "dtype": "float32", "device": "cpu", "max_length": 48, "baselines": False,
 }  # fmt: skip
+#: Nothing is due for a while.
+SKIPPED = {"log_every": 100, "eval_every": 100, "save_every": 100}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(place, tmp_path):
         {"keys": ranks_fall(place, tmp_path / "two-adalora")},
         # Its start is in buffers, which DDP sends to all before every forward pass.
         {"keys": keys_for(place, tmp_path / "two-pissa", init="pissa")},
+        {"keys": keys_for(place, tmp_path / "skip", **SKIPPED), "poison": [1, 2], "fused": True},
     ]
     first, second = torchrun(tmp_path, jobs)
 
@@ -122,6 +125,8 @@ def test_two_processes_are_one_with_twice_the_accumulation(place, tmp_path):
     assert first[4]["error"] == second[4]["error"]
     assert "NaN or infinite at step 4" in first[4]["error"] and "checkpoint-2" in first[4]["error"]
     assert small_runs.record(tmp_path / "nan")["status"] == "failed"
+    for log in (first, second):
+        assert "NaN or infinite at step 3" in log[9]["error"] and log[9]["steps"] == 4
 
     assert "6 is no multiple of micro_batch_size 2 x 2 processes" in first[6]["error"]
     assert not (tmp_path / "odd").exists()
@@ -142,13 +147,19 @@ def test_sharded_processes_are_one_too(place, tmp_path):
         {"resume": str(tmp_path / "half")},
         {"keys": full_keys | data | full | {"output": str(tmp_path / "two-full"), "sharding": "fsdp2"}},
         {"keys": keys_for(place, tmp_path / "two-dora", sharding="fsdp2", **dora)},
+        {"keys": keys_for(place, tmp_path / "skip", sharding="fsdp2", **SKIPPED), "poison": [1, 2], "fused": True},
+        {"keys": keys_for(place, tmp_path / "fused", sharding="fsdp2"), "fused": True},
     ]
     first, second = torchrun(tmp_path, jobs)
-    assert [job.get("error") for job in first] == [None, None, "Stopped: ", None, None, None]
+    errors = [job.get("error") for job in first]
+    assert errors[:6] + errors[7:] == [None, None, "Stopped: ", None, None, None, None]
     for job in first + second:
         assert job["share"] == pytest.approx(0.5, abs=0.05)
+    for log in (first, second):
+        assert "NaN or infinite at step 3" in log[6]["error"] and log[6]["steps"] == 4
     train(**keys_for(place, tmp_path / "one"))
-    assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-4)
+    for name in ("two", "fused"):
+        assert_same_run(tmp_path / name, tmp_path / "one", tolerance=1e-4)
     assert small_runs.outcome(tmp_path / "half") == small_runs.outcome(tmp_path / "whole")
     train(**full_keys | data | full | {"output": str(tmp_path / "one-full")})
     assert_same_run(tmp_path / "two-full", tmp_path / "one-full", tolerance=1e-4)

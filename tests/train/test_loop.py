@@ -12,9 +12,11 @@ import small_runs
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.training_args import OptimizerNames
 
 import deltaw.fuse.head
 import deltaw.studies.job
+import deltaw.train.loop
 from deltaw.checkpoint import load_model, load_tokenizer
 from deltaw.core.errors import InputError, MissingExtraError, RunError
 from deltaw.data import Collator, encode, read_rows
@@ -23,6 +25,8 @@ from deltaw.methods import LoRA, adapt, adapter_parameters
 from deltaw.studies.job import resume
 from deltaw.studies.job import run_training as train
 from deltaw.train import TrainConfig
+from deltaw.train.order import StepOrder
+from deltaw.train.run_folder import RunFolder
 from deltaw.train.trainer import DeltawTrainer
 
 KEYS = {
@@ -73,6 +77,29 @@ def spy(monkeypatch):
     return found
 
 
+def fuse_adamw(monkeypatch):
+    """Runs take the AdamW of GPUs, which skips an update by itself."""
+    own = deltaw.train.loop.training_arguments
+
+    def training_arguments(*args, **kwargs):
+        made = own(*args, **kwargs)
+        made.optim = OptimizerNames.ADAMW_TORCH_FUSED
+        return made
+
+    monkeypatch.setattr(deltaw.train.loop, "training_arguments", training_arguments)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "fused"])
+def fused(request, monkeypatch):
+    if request.param:
+        fuse_adamw(monkeypatch)
+    return request.param
+
+
+def weights_of(trainer):
+    return {name: p.detach().clone() for name, p in adapter_parameters(trainer.model, "default").items()}
+
+
 # Rates and batches.
 
 
@@ -103,6 +130,59 @@ def test_a_step_takes_32_rows(place, tmp_path, spy):
     spy.micro = lambda trainer, inputs: seen.update({trainer.state.global_step: len(inputs["input_ids"])})
     train(**{k: v for k, v in keys_for(place, tmp_path / "run").items() if "batch" not in k} | {"data": rows})
     assert seen == {0: 32, 1: 32, 2: 6}
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_batches_made_ahead_are_those_of_the_order(place, tmp_path, spy, monkeypatch, log_every):
+    rows = small_runs.write_rows(tmp_path / "rows.jsonl", small_runs.rows_of("text", 21))
+    made, seen, told, own, write = [], [], [], Collator.__call__, RunFolder.log
+
+    def collate(self, examples):
+        made.append([example["input_ids"] for example in examples])
+        return own(self, examples)
+
+    def log(self, line):
+        told.append((line["step"], len(made)))
+        write(self, line)
+
+    monkeypatch.setattr(Collator, "__call__", collate)
+    monkeypatch.setattr(RunFolder, "log", log)
+    spy.micro = lambda trainer, inputs: seen.append((trainer.state.global_step, inputs))
+    keys = {"rows": "text", "task": "causal-lm", "epochs": 2, "batch_size": 6, "log_every": log_every}
+    train(**keys_for(place, tmp_path / "run", **keys) | {"data": rows})
+    trainer, wanted = spy.trainer, []
+    lengths = [len(example["input_ids"]) for example in trainer.train_dataset]
+    order = StepOrder(lengths, step_rows=6, seed=trainer.args.data_seed)
+    for order.epoch in (0, 1):
+        # 6 + 6 + 6 + 3 rows, in micro-batches of 2.
+        epoch = list(order)
+        pieces = [epoch[i : i + 2] for i in range(0, 21, 2)]
+        wanted += [(4 * order.epoch + i // 3, piece) for i, piece in enumerate(pieces)]
+    assert [step for step, _ in seen] == [step for step, _ in wanted]
+    for (_, inputs), (_, piece) in zip(seen, wanted, strict=True):
+        batch = own(trainer.data_collator, [trainer.train_dataset[row] for row in piece])
+        assert all(torch.equal(inputs[name], batch[name]) for name in batch)
+    if log_every == 1:
+        # Of a step inside an epoch the next one's three are there when its line is written.
+        assert [count for step, count in told if step % 4 and step % 4 != 3] == [7, 10, 18, 21]
+
+
+def test_every_module_trains_whatever_an_evaluation_leaves(place, tmp_path, spy, monkeypatch):
+    own = DeltawTrainer.evaluate
+
+    def evaluate(self, *args, **kwargs):
+        found = own(self, *args, **kwargs)
+        self.model.eval()
+        return found
+
+    modes = []
+    spy.micro = lambda trainer, inputs: trainer.model.register_forward_pre_hook(
+        lambda model, args: modes.append({module.training for module in model.modules()})
+    )
+    monkeypatch.setattr(DeltawTrainer, "evaluate", evaluate)
+    keys = keys_for(place, tmp_path / "run", eval_every=2, micro_batch_size=4)
+    train(**{key: value for key, value in keys.items() if key != "held_out"} | {"eval_data": str(place / "eval.jsonl")})
+    assert len(modes) >= 6 and modes.count({True}) >= 6
 
 
 CASES = {
@@ -235,7 +315,8 @@ def test_the_loss_comes_from_the_positions_that_carry_it(place, tmp_path, spy, m
     # The last calls; the ones before are trials of the installation.
     assert rows[-len(batches) :] == batches and max(batches) < 40
     model = spy.trainer.model
-    assert "forward" not in model.__dict__ and not [key for key in model.__dict__ if "loss_head" in key]
+    assert not {"forward", "zero_grad"} & model.__dict__.keys()
+    assert not [key for key in model.__dict__ if "loss_head" in key]
     assert model.config.use_cache and not any("logits of every position" in line for line in lines)
     assert small_runs.record(run)["status"] == "done"
 
@@ -248,7 +329,7 @@ def test_no_forward_is_left_behind_by_a_failure(place, tmp_path, spy):
     with pytest.raises(RuntimeError, match="no more"):
         train(**keys_for(place, tmp_path / "run", gradient_checkpointing=True))
     model = spy.trainer.model
-    assert "forward" not in model.__dict__ and model.config.use_cache
+    assert not {"forward", "zero_grad"} & model.__dict__.keys() and model.config.use_cache
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert small_runs.record(tmp_path / "run")["status"] == "failed"
     assert small_runs.record(tmp_path / "run")["error"] == "no more"
@@ -276,15 +357,18 @@ def test_a_bfloat16_base_with_float32_adapters(place, tmp_path, spy):
 # How it stops.
 
 
-def test_a_nan_stops_before_the_update(place, tmp_path, spy, monkeypatch):
+def test_a_nan_stops_before_the_update(place, tmp_path, spy, monkeypatch, fused):
     whole, run = tmp_path / "whole", tmp_path / "run"
     keys = {"epochs": 2, "save_every": 2, "keep_checkpoints": 9}
     train(**keys_for(place, whole, **keys))
-    own = DeltawTrainer.compute_loss
+    own, before = DeltawTrainer.compute_loss, {}
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = own(self, model, inputs, *args, **kwargs)
-        return loss * math.nan if self.state.global_step == 7 else loss
+        if self.state.global_step != 7:
+            return loss
+        before.update(weights_of(self))
+        return loss * math.nan
 
     monkeypatch.setattr(DeltawTrainer, "compute_loss", compute_loss)
     with pytest.raises(RunError) as caught:
@@ -298,22 +382,61 @@ def test_a_nan_stops_before_the_update(place, tmp_path, spy, monkeypatch):
     for name in ("checkpoint-2", "checkpoint-6"):
         good = [folder / "checkpoints" / name / "adapter" / "adapter_model.safetensors" for folder in (run, whole)]
         assert good[0].read_bytes() == good[1].read_bytes()
-    held = {key: p.detach() for key, p in adapter_parameters(spy.trainer.model, "default").items()}
-    assert all(bool(torch.isfinite(p).all()) for p in held.values())
+    held = weights_of(spy.trainer)
+    assert held.keys() == before.keys() and all(torch.equal(held[name], p) for name, p in before.items())
+    assert [line["step"] for line in small_runs.logged(run)] == list(range(1, 8))
     monkeypatch.setattr(DeltawTrainer, "compute_loss", own)
     resume(run)
     assert small_runs.outcome(run) == small_runs.outcome(whole)
 
 
-def test_a_gradient_that_is_not_finite_stops(place, tmp_path, spy):
+ON_A_GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+)
+
+
+@pytest.mark.parametrize("kind", ["plain", "fused", ON_A_GPU])
+@pytest.mark.parametrize("changes", [{}, {"method": "adalora", "init_r": 4, "target_r": 2}], ids=["lora", "adalora"])
+def test_a_gradient_that_is_not_finite_stops(place, tmp_path, spy, monkeypatch, kind, changes):
+    hooks, before = [], {}
+    if kind == "fused":
+        fuse_adamw(monkeypatch)
+
     def poison(trainer, inputs):
-        if trainer.state.global_step == 3:
+        if trainer.state.global_step == 3 and not hooks:
+            before.update(weights_of(trainer))
             parameter = next(iter(adapter_parameters(trainer.model, "default").values()))
-            parameter.register_hook(lambda grad: grad * math.inf)
+            hooks.append(parameter.register_hook(lambda grad: grad * math.inf))
+        elif trainer.state.global_step == 4:
+            # The optimizer goes on skipping.
+            hooks[0].remove()
 
     spy.micro = poison
+    device = "cuda" if kind == "cuda" else "cpu"
+    keys = keys_for(place, tmp_path / "run", log_every=100, device=device) | changes
+    if changes:
+        del keys["r"]
     with pytest.raises(RunError, match="the gradient is NaN or infinite at step 4: there is no checkpoint yet"):
-        train(**keys_for(place, tmp_path / "run"))
+        train(**keys)
+    held = weights_of(spy.trainer)
+    assert held.keys() == before.keys() and all(torch.equal(held[name], p) for name, p in before.items())
+    # Without a line due nobody waits for the device: the host hears of it at the end of the next step.
+    assert spy.trainer.state.global_step == (3 if kind == "plain" or changes else 5)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_flag_of_a_fused_update_changes_nothing_else(place, tmp_path, spy, monkeypatch):
+    plain = train(**keys_for(place, tmp_path / "plain", epochs=2, log_every=5))
+    fuse_adamw(monkeypatch)
+    flags = []
+    spy.step = lambda trainer: flags.append(float(trainer.optimizer.optimizer.found_inf))
+    run = train(**keys_for(place, tmp_path / "run", epochs=2, log_every=5))
+    assert flags == [0.0] * 12
+    assert [line["step"] for line in small_runs.logged(run)] == [5, 6, 10, 12]
+    for line, other in zip(small_runs.logged(run), small_runs.logged(plain), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+    states = [torch.load(folder / "checkpoints" / "checkpoint-12" / "optimizer.pt") for folder in (run, plain)]
+    assert [{float(state["step"]) for state in found["state"].values()} for found in states] == [{12.0}, {12.0}]
 
 
 def test_diverging_ends_in_one_line(place, tmp_path):
