@@ -5,6 +5,7 @@ variable that Triton reads when it is first imported.
 """
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import os
@@ -17,7 +18,7 @@ import torch
 from deltaw.core.errors import InputError
 from deltaw.core.generators import generator
 from deltaw.kernels import low_rank
-from deltaw.kernels.low_rank import outer_sum_torch, project_and_sum_torch, project_torch
+from deltaw.kernels.low_rank import add_product, add_product_torch, outer_sum, project, project_and_sum_torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -92,71 +93,129 @@ def close(got, a, b, dtype, factor=1.0):
     assert not wrong.any() and got.isfinite().all(), (wrong.sum(), (got.double() - wanted).abs().max())
 
 
-def check(project, project_and_sum, outer_sum, M, N, r, dtype, device, most=4):
-    """All three on `most` layouts of the large operand; `project_and_sum` has its scale, 0.3."""
-    g = drawn(M, N, dtype=dtype, device=device)
-    A, B, h = (drawn(*shape, dtype=dtype, device=device, name="thin") for shape in ((r, N), (N, r), (M, r)))
-    sums = torch.promote_types(dtype, torch.float32)
+def check_both(form, M, N, r, dtype, device, most=4):
+    """`project_and_sum`, with 0.3 as its scale, on `most` layouts of the large operand."""
+    g, B, h = (drawn(*shape, dtype=dtype, device=device, name=str(shape)) for shape in ((M, N), (N, r), (M, r)))
     for view in itertools.islice(layouts(g), most):
         with poisoned():
-            got_h, (got_k, got_dB), got_dA = project(view, A), project_and_sum(view, B, h), outer_sum(h, view)
-        close(got_h, g, A.t(), dtype)
-        close(got_k, g, B, dtype, 0.3)
-        close(got_dB, g.t(), h, sums, 0.3)
-        close(got_dA, h.t(), g, sums)
+            k, dB = form(view, B, h, scale=0.3)
+        close(k, g, B, dtype, 0.3)
+        close(dB, g.t(), h, torch.promote_types(dtype, torch.float32), 0.3)
+
+
+def framed(*shape, dtype, device, wider):
+    """Memory for a matrix in rows that lie `wider` further apart than they are long, with 7s around it."""
+    frame = torch.full((shape[0] + 1, shape[1] + wider), 7.0, dtype=dtype, device=device)
+    return frame[:-1, wider // 2 : wider // 2 + shape[1]]
+
+
+def check_sum(form, M, N, P, dtype, device):
+    """`add_product` with and without z, in frames and not, into memory of its own and over its operands."""
+    onto, z, h, B = (
+        framed(*shape, dtype=dtype, device=device, wider=wider).copy_(drawn(*shape, dtype=dtype, name=str(wider)))
+        for wider, *shape in ((3, M, N), (6, M, N), (8, M, P), (1, N, P))
+    )
+    for more in (None, z):
+        terms = [onto.double(), *([] if more is None else [more.double()])]
+        product, sizes = h.double() @ B.double().t(), h.double().abs() @ B.double().abs().t()
+        wanted, size = sum(terms) + product, sum(t.abs() for t in terms) + sizes
+        sums = (SUM if dtype != torch.float64 else 2.0**-53) * (4 * P**0.5 + 3)
+        bound = size * sums + wanted.abs() * ROUNDED[dtype] + (2.0**-24 if dtype == torch.float16 else 1e-30)
+        out = framed(M, N, dtype=dtype, device=device, wider=5)
+        kept = onto.clone(), z.clone()
+        # Into a frame, into new memory, and over the operands.
+        for place in (out, torch.empty(M, N, dtype=dtype, device=device), onto, more):
+            if place is None:
+                continue
+            assert form(onto, h, B, z=more, out=place) is place
+            assert place.isfinite().all() and ((place.double() - wanted).abs() <= bound).all()
+            for t, values in zip((onto, z), kept, strict=True):
+                assert t is place or torch.equal(t, values)
+                t.copy_(values)
+        out.fill_(7.0)
+        assert (out._base == 7).all()
+    for t in (onto, z, h, B):
+        t.fill_(7.0)
+        assert (t._base == 7).all()
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
 @pytest.mark.parametrize(("M", "N", "r"), [(1, 1, 1), (37, 29, 16), (5, 130, 3), (2100, 40, 33)])
 def test_torch_forms_and_dispatch_on_cpu(M, N, r, dtype):
-    forms = project_torch, lambda g, B, h: project_and_sum_torch(g, B, h, scale=0.3), outer_sum_torch
-    check(*forms, M, N, r, dtype, "cpu")
-    check(
-        low_rank.project,
-        lambda g, B, h: low_rank.project_and_sum(g, B, h, scale=0.3),
-        low_rank.outer_sum,
-        M,
-        N,
-        r,
-        dtype,
-        "cpu",
-    )
+    for form in (project_and_sum_torch, low_rank.project_and_sum):
+        check_both(form, M, N, r, dtype, "cpu")
+    for form in (add_product_torch, add_product):
+        check_sum(form, M, N, r, dtype, "cpu")
+    x, A, k = (drawn(*shape, dtype=dtype, name=str(shape)) for shape in ((M, N), (r, N), (M, r)))
+    for view in layouts(x):
+        with poisoned():
+            h, dA = project(view, A), outer_sum(k, view)
+        close(h, x, A.t(), dtype)
+        close(dA, k.t(), x, torch.promote_types(dtype, torch.float32))
 
 
 def test_thin_operands_are_taken_in_the_large_ones_dtype():
     x, A, B, h = (drawn(*s, dtype=torch.float32, name=str(s)) for s in ((9, 20), (4, 20), (20, 4), (9, 4)))
     low, half = x.bfloat16(), torch.bfloat16
-    assert torch.equal(low_rank.project(low, A), low_rank.project(low, A.to(half)))
+    assert torch.equal(project(low, A), project(low, A.to(half)))
     got, wanted = (low_rank.project_and_sum(low, b, c, scale=1.5) for b, c in ((B, h), (B.to(half), h.to(half))))
     assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
-    assert torch.equal(low_rank.outer_sum(h, low), low_rank.outer_sum(h.to(half), low))
+    assert torch.equal(outer_sum(h, low), outer_sum(h.to(half), low))
+    got = add_product(low, h, B)
+    assert got.is_contiguous() and torch.equal(got, add_product(low, h.to(half), B.to(half)))
 
 
 @pytest.mark.parametrize(("M", "N"), [(0, 5), (5, 0), (0, 0)])
 def test_nothing_sums_to_zero(M, N):
     g, A, h = torch.empty(M, N), torch.empty(3, N), torch.empty(M, 3)
     k, dB = low_rank.project_and_sum(g, A.t(), h, scale=2.0)
-    for got, shape in ((low_rank.project(g, A), (M, 3)), (k, (M, 3)), (dB, (N, 3)), (low_rank.outer_sum(h, g), (3, N))):
+    for got, shape in ((project(g, A), (M, 3)), (k, (M, 3)), (dB, (N, 3)), (outer_sum(h, g), (3, N))):
         assert torch.equal(got, torch.zeros(shape))
+    assert add_product(g, h, A.t().contiguous(), z=g).shape == (M, N)
+    assert torch.equal(add_product(torch.ones(2, 3), torch.ones(2, 0), torch.ones(3, 0)), torch.ones(2, 3))
 
 
 def test_shapes_that_do_not_match_are_errors():
     with pytest.raises(InputError, match=r"shapes \(2, 3\), \(4, 5\): expected x \(M, K\) and A \(R, K\)"):
-        low_rank.project(torch.ones(2, 3), torch.ones(4, 5))
+        project(torch.ones(2, 3), torch.ones(4, 5))
     with pytest.raises(InputError, match=r"expected g \(M, N\), B \(N, r\) and h \(M, r\)"):
         low_rank.project_and_sum(torch.ones(2, 3), torch.ones(3, 4), torch.ones(2, 5), scale=1.0)
     with pytest.raises(InputError, match=r"expected k \(M, R\) and x \(M, K\)"):
-        low_rank.outer_sum(torch.ones(2, 3), torch.ones(3, 3))
+        outer_sum(torch.ones(2, 3), torch.ones(3, 3))
 
 
-def forms(tiles=None):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"h": torch.ones(3, 5)}, r"shapes \(3, 4\), \(3, 5\), \(4, 2\): expected onto \(M, N\), h"),
+        ({"B": torch.ones(3, 2)}, r"expected onto \(M, N\), h \(M, P\) and B \(N, P\)"),
+        ({"onto": torch.ones(4)}, r"shapes \(4,\)"),
+        ({"onto": torch.ones(3, 4, dtype=torch.int64)}, "onto is torch.int64"),
+        ({"onto": torch.ones(4, 3).t()}, "onto has a stride of 3"),
+        ({"h": torch.ones(2, 3).t()}, "h has a stride of 3"),
+        ({"B": torch.ones(2, 4).t()}, "B has a stride of 4"),
+        ({"z": torch.ones(3, 5)}, r"z is .* of shape \(3, 5\)"),
+        ({"z": torch.ones(3, 4).half()}, r"z is torch\.float16"),
+        ({"out": torch.ones(3, 4).double()}, r"out is torch\.float64"),
+        ({"out": torch.ones(4).expand(3, 4)}, r"out has strides \(0, 1\): expected rows that do not overlap"),
+    ],
+)
+def test_what_add_product_refuses(change, message):
+    given = {"onto": torch.ones(3, 4), "h": torch.ones(3, 2), "B": torch.ones(4, 2)} | change
+    with pytest.raises(InputError, match=message):
+        add_product(**given)
+
+
+def test_large_sums_come_in_chunks(monkeypatch):
+    monkeypatch.setattr(low_rank, "CHUNK_ROWS", 3)
+    for dtype in (torch.bfloat16, torch.float64):
+        check_sum(add_product_torch, 10, 7, 5, dtype, "cpu")
+
+
+def with_options(name, **options):
     from deltaw.kernels import low_rank_triton
 
-    return (
-        lambda x, A: low_rank_triton.project(x, A, tiles=tiles),
-        lambda g, B, h: low_rank_triton.project_and_sum(g, B, h, scale=0.3, tiles=tiles),
-        lambda k, x: low_rank_triton.outer_sum(k, x, tiles=tiles),
-    )
+    return functools.partial(getattr(low_rank_triton, name), **options)
 
 
 def small_tiles():
@@ -173,24 +232,30 @@ def small_tiles():
 )
 def test_kernels_with_small_tiles(M, N, r, dtype):
     for tiles, most in zip(small_tiles(), (2, 1, 1), strict=True):
-        check(*forms(tiles), M, N, r, dtype, DEVICE, most)
+        check_both(with_options("project_and_sum", tiles=tiles), M, N, r, dtype, DEVICE, most)
+    check_sum(with_options("add_product", tile=(16, 16, 4)), M, N, r, dtype, DEVICE)
 
 
 @kernels
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize(("M", "N", "r"), [(70, 300, 16), (200, 40, 5)])
-def test_kernels_with_their_own_tiles(M, N, r, dtype):
-    check(*forms(), M, N, r, dtype, DEVICE)
+def test_kernels_with_their_own_tiles(monkeypatch, M, N, r, dtype):
+    from deltaw.kernels import low_rank_triton
+
+    for least in (low_rank_triton.WIDE_COLUMNS, 1):
+        monkeypatch.setattr(low_rank_triton, "WIDE_COLUMNS", least)
+        check_both(with_options("project_and_sum"), M, N, r, dtype, DEVICE)
+    check_sum(with_options("add_product"), M, N, r, dtype, DEVICE)
 
 
 @kernels
 def test_kernels_take_every_layout_of_thin_operands():
     g = drawn(40, 50, dtype=torch.float32, device=DEVICE)
-    A, B, h = (drawn(*s, dtype=torch.float32, device=DEVICE, name=str(s)) for s in ((5, 50), (50, 5), (40, 5)))
-    project, project_and_sum, outer_sum = forms(small_tiles()[0])
-    wanted = project(g, A), *project_and_sum(g, B, h), outer_sum(h, g)
-    for a, b, c in zip(layouts(A), layouts(B), layouts(h), strict=True):
-        for got, expected in zip((project(g, a), *project_and_sum(g, b, c), outer_sum(c, g)), wanted, strict=True):
+    B, h = (drawn(*s, dtype=torch.float32, device=DEVICE, name=str(s)) for s in ((50, 5), (40, 5)))
+    form = with_options("project_and_sum", tiles=small_tiles()[0], scale=0.3)
+    wanted = form(g, B, h)
+    for b, c in zip(layouts(B), layouts(h), strict=True):
+        for got, expected in zip(form(g, b, c), wanted, strict=True):
             assert torch.equal(got, expected)
 
 
@@ -216,39 +281,52 @@ def test_kernels_cut_the_work_for_the_card():
 )
 def test_large_ones_by_dispatch(monkeypatch, M, N, r, dtype):
     monkeypatch.setattr(low_rank, "PROJECT_AND_SUM_RANK", 64)
-    for name in ("project_torch", "project_and_sum_torch", "outer_sum_torch"):
+    for name in ("project_and_sum_torch", "add_product_torch"):
         monkeypatch.setattr(low_rank, name, None)
-    g = drawn(M, N, dtype=dtype, device="cuda")
-    A, B, h = (drawn(*shape, dtype=dtype, device="cuda", name="thin") for shape in ((r, N), (N, r), (M, r)))
+    g, B, h = (drawn(*s, dtype=dtype, device="cuda", name=str(s)) for s in ((M, N), (N, r), (M, r)))
     for view in list(layouts(g))[:2]:
         first = None
         for _ in range(2):
-            got = (
-                low_rank.project(view, A),
-                *low_rank.project_and_sum(view, B, h, scale=0.3),
-                low_rank.outer_sum(h, view),
-            )
+            got = *low_rank.project_and_sum(view, B, h, scale=0.3), add_product(view, h, B, z=view)
             # Equal bits every time.
             assert first is None or all(map(torch.equal, got, first))
             first = got
-        close(got[0], g, A.t(), dtype)
-        close(got[1], g, B, dtype, 0.3)
-        close(got[2], g.t(), h, torch.float32, 0.3)
-        close(got[3], h.t(), g, torch.float32)
+        close(got[0], g, B, dtype, 0.3)
+        close(got[1], g.t(), h, torch.float32, 0.3)
+    check_sum(add_product, M, N, r, dtype, "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
 def test_what_goes_to_torch_on_cuda(monkeypatch, dtype):
-    """Ranks and dtypes that the kernels leave to cuBLAS."""
+    """Ranks and dtypes that are left to cuBLAS."""
     for name in ("bf16", "fp16"):
         # It may round parts of sums to 16 bits unless told.
         monkeypatch.setattr(torch.backends.cuda.matmul, f"allow_{name}_reduced_precision_reduction", False)
-    g = drawn(300, 500, dtype=dtype, device="cuda")
-    A, B, h = (drawn(*shape, dtype=dtype, device="cuda", name="thin") for shape in ((128, 500), (500, 128), (300, 128)))
-    (k, dB), sums = low_rank.project_and_sum(g, B, h, scale=0.3), torch.promote_types(dtype, torch.float32)
-    close(low_rank.project(g, A), g, A.t(), dtype)
-    close(k, g, B, dtype, 0.3)
-    close(dB, g.t(), h, sums, 0.3)
-    close(low_rank.outer_sum(h, g), h.t(), g, sums)
+    g = drawn(1300, 500, dtype=dtype, device="cuda")
+    A, B, h = (drawn(*s, dtype=dtype, device="cuda", name=str(s)) for s in ((128, 500), (500, 128), (1300, 128)))
+    sums = torch.promote_types(dtype, torch.float32)
+    for view in layouts(g):
+        k, dB = low_rank.project_and_sum(view, B, h, scale=0.3)
+        close(project(view, A), g, A.t(), dtype)
+        close(k, g, B, dtype, 0.3)
+        close(dB, g.t(), h, sums, 0.3)
+        close(outer_sum(h, view), h.t(), g, sums)
+    for rank in (128, 3):
+        check_sum(add_product, 1300, 500, rank, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_sums_beyond_two_to_the_31_values():
+    """Columns of a buffer whose last rows lie past 2^31 values."""
+    rows, columns = 150_000, 7_200
+    both = torch.zeros(rows, 2 * columns, dtype=torch.bfloat16, device="cuda")
+    onto, z = both[:, :columns], both[:, columns:]
+    h, B = (drawn(*s, dtype=both.dtype, device="cuda", name=str(s)) for s in ((rows, 16), (columns, 16)))
+    add_product(onto, h, B, z=z, out=z)
+    last = slice(rows - 100, rows)
+    close(z[last].contiguous(), h[last], B.t(), both.dtype)
+    assert not onto[last].any()
