@@ -37,12 +37,13 @@ TILE = (4, 1024, 8)
 #: The same where the factors' gradients are added up, whose sums take registers; rows that a program goes through then.
 SUMMED_TILE = (2, 512, 4)
 SUMMED_ROWS = 64
-#: Rows and columns of a step, warps and stages of the kernel with the low-rank sums, by the padded rank. At rank 16 and
-#: the shape above an H100 takes 0.62 ms; with (16, 128, 4, 2) 0.72, with (32, 64, 4, 3) 0.71, and with (16, 256, 4, 2),
-#: which halves the larger partial sums but does not fit the registers, 0.82.
-LOW_RANK_TILES = {16: (32, 128, 4, 2), 32: (16, 256, 8, 2), 64: (16, 128, 8, 2)}
+#: Rows and columns of a step, warps and stages of the kernel with the low-rank sums, by the padded rank; a fifth number
+#: bounds a thread's registers. At rank 16 and the shape above an H100 takes 0.56 ms; with (32, 128, 4, 2) 0.62, with
+#: (32, 64, 4, 3) 0.70, with (16, 128, 4, 2) 0.72, and with (16, 256, 4, 2), which halves the larger partial sums but
+#: does not fit the registers, 0.82.
+LOW_RANK_TILES: dict[int, tuple[int, ...]] = {16: (16, 128, 4, 3), 32: (16, 256, 8, 2), 64: (16, 128, 8, 2)}
 #: The same for float32, whose products use no tensor cores and are worth it for small ranks only.
-LOW_RANK_TILES_32 = {16: (16, 64, 4, 1)}
+LOW_RANK_TILES_32: dict[int, tuple[int, ...]] = {16: (16, 64, 4, 1)}
 #: Rows of the tensor cores' tile.
 LEAST = 64
 #: Most strips that tokens are cut into.
@@ -152,7 +153,7 @@ def _low_rank_kernel(  # type: ignore[no-untyped-def]
     rows, columns, strip_rows, rank, g_row, gate_row, up_row, B_row, h_row, scale_gate, scale_up,
     ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, WRITE_ACT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOT: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(columns, COLUMNS)
     strip = (tl.program_id(0) // tiles).to(tl.int64)
@@ -162,8 +163,10 @@ def _low_rank_kernel(  # type: ignore[no-untyped-def]
     dtype: tl.constexpr = g.dtype.element_ty
     c_gate = _load(c_gate, column, inside) if FACTORS else 1.0
     c_up = _load(c_up, column, inside) if FACTORS else 1.0
-    dc_gate = tl.zeros([COLUMNS], tl.float32)
-    dc_up = tl.zeros([COLUMNS], tl.float32)
+    # SUMS rows are what the threads hold at a time, so that a step adds within a thread; sums of whole columns would
+    # pass between the warps in every step, with 10 barriers in the place of 4.
+    dc_gate = tl.zeros([SUMS, COLUMNS], tl.float32)
+    dc_up = tl.zeros([SUMS, COLUMNS], tl.float32)
 
     # Products have the short side first, padded to the 64 rows of the tensor cores' tile, which several factors share:
     # so the large operand is read where it lies in shared memory, once for both products with it. As the first operand
@@ -186,8 +189,8 @@ def _low_rank_kernel(  # type: ignore[no-untyped-def]
         z_up = _load(up, up_at, live)
         act, dx, du = _gradients(_load(g, g_at, live), z_gate, z_up, c_gate, c_up, ACTIVATION, FACTORS)
         if FACTORS:
-            dc_gate += tl.sum(dx * z_gate, 0)
-            dc_up += tl.sum(du * z_up, 0)
+            dc_gate += tl.sum(tl.reshape(dx * z_gate, (ROWS // SUMS, SUMS, COLUMNS)), 0)
+            dc_up += tl.sum(tl.reshape(du * z_up, (ROWS // SUMS, SUMS, COLUMNS)), 0)
         act = act.to(dtype)
         dx = _real(dx, c_gate, FACTORS).to(dtype)
         du = _real(du, c_up, FACTORS).to(dtype)
@@ -217,8 +220,8 @@ def _low_rank_kernel(  # type: ignore[no-untyped-def]
     tl.store(d_sums + at, scale * d, mask=(d_slot < 3) & (d_direction < rank) & inside[None, :])
     if FACTORS:
         c_sums += strip * 2 * columns + column
-        tl.store(c_sums, dc_gate, mask=inside)
-        tl.store(c_sums + columns, dc_up, mask=inside)
+        tl.store(c_sums, tl.sum(dc_gate, 0), mask=inside)
+        tl.store(c_sums + columns, tl.sum(dc_up, 0), mask=inside)
 
 
 def gated(
@@ -285,7 +288,7 @@ def gated_backward_low_rank(
     activation: Activation,
     factors: Factors | None = None,
     write_act: bool = False,
-    tile: tuple[int, int, int, int] | None = None,
+    tile: tuple[int, ...] | None = None,
     strips: int | None = None,
 ) -> tuple[Tensor, ...]:
     """`gated.gated_backward_low_rank` for one rank up to `gated.LARGEST_RANK`, in one large launch and small sums.
@@ -297,7 +300,7 @@ def gated_backward_low_rank(
     slot = max(16, triton.next_power_of_2(rank))
     if tile is None:
         tile = (LOW_RANK_TILES_32 if g.dtype == torch.float32 else LOW_RANK_TILES)[slot]
-    height, width, warps, stages = tile
+    height, width, warps, stages, *registers = tile
     tiles = triton.cdiv(columns, width)
     if strips is None:
         strips = _strips(rows, tiles, height, rank, _processors(g.device))
@@ -318,7 +321,8 @@ def gated_backward_low_rank(
                 ACTIVATION=activation, FACTORS=factors is not None, WRITE_ACT=write_act,
                 PRECISION="ieee" if g.dtype == torch.float32 else "tf32",
                 ROWS=height, COLUMNS=width, SLOT=slot, TWO=max(LEAST, 2 * slot), THREE=max(LEAST, 4 * slot),
-                STAGES=stages, num_warps=warps,
+                STAGES=stages, SUMS=max(1, min(height, warps * 32 * 16 // g.itemsize // width)), num_warps=warps,
+                **dict(zip(("maxnreg",), registers, strict=False)),
             )  # fmt: skip
     k_gate, k_up = k_sums.sum(0).to(g.dtype)
     dB_gate, dB_up, dA_down = d_sums.sum(0).view(3, -1)

@@ -274,7 +274,9 @@ def test_kernel_of_the_low_rank_sums(dtype, factors, write_act, shape, rank, str
     from deltaw.kernels import gated_triton
 
     case = Case(*shape, dtype, activation="silu", factors=factors, device=DEVICE, rank=rank)
-    check_low_rank(case, gated_triton.gated_backward_low_rank, write_act=write_act, tile=(16, 32, 4, 2), strips=strips)
+    check_low_rank(
+        case, gated_triton.gated_backward_low_rank, write_act=write_act, tile=(16, 32, 4, 2, 255), strips=strips
+    )
 
 
 @kernels
