@@ -77,7 +77,7 @@ SHAPES = {
 #: with); what it does not keep is computed again.
 KEEPS = {
     "values": "everything that the backward pass reads",
-    "all": "all but norms and activations",
+    "all": "all but norms",
     "attention": "no more than attention's tensors; the MLP again",
     "input": "its input; everything again",
 }
@@ -143,7 +143,7 @@ def step_parts(shape: Shape, batch: int, length: int, *, keep: str, base: str) -
     norms = 17 + {"values": 0, "all": 4, "attention": 4, "input": 6}[keep]
     parts.append(Part("norms and residuals", 0, WIDE * layers * tokens * d * norms))
     parts.append(Part("rotary", 0, WIDE * layers * tokens * (q + kv) * 2 * (3 if keep == "input" else 2)))
-    parts.append(Part("SwiGLU", 0, WIDE * layers * tokens * inner * (8 if keep == "values" else 9)))
+    parts.append(Part("SwiGLU", 0, WIDE * layers * tokens * inner * 8))
     logits = tokens * shape.vocab
     parts.append(Part("head's GEMMs", 4 * logits * d, WIDE * 2 * (logits + tokens * d + shape.vocab * d)))
     # One pass for maximum and sum, one that reads logits and writes their gradient.
@@ -161,7 +161,7 @@ def kept_bytes(shape: Shape, tokens: int, keep: str) -> float:
         # Queries and keys before their norms too.
         numbers["attention"] += q + kv
     numbers["all"] = numbers["attention"] + 2 * inner
-    numbers["values"] = numbers["all"] + 2 * d + inner
+    numbers["values"] = numbers["all"] + 2 * d
     return WIDE * shape.layers * tokens * numbers[keep]
 
 

@@ -7,13 +7,15 @@ The layer (Llama's, Mistral's, Qwen's, Gemma's first), x0 (batch, seq, d) its in
     n2 = norm(x1)    act = f(gate(n2)) up(n2)           x2 = x1 + down(act)
 
 Autograd over the layer's own modules keeps every one of these tensors, some twice. Here the backward pass is written
-out: norms and act are always made again (they cost one pass over memory), products with weights where `keep` says so.
+out: act is always made again (within a pass that is needed anyway), norms and products with weights where `keep` says
+so.
 Buffers are written over once their values are done with: dgate over gate, dup over up, act over its own gradient.
 
 | keep | kept for M tokens beside the low-rank h's | made again |
 |---|---|---|
-| "all" | x0, q, k, v, a, x1, gate, up | |
-| "attention" | x0, q, k, v, a, x1 | gate, up |
+| "values" | x0, n1, q, k, v, a, x1, n2, gate, up | |
+| "all" | x0, q, k, v, a, x1, gate, up | norms |
+| "attention" | x0, q, k, v, a, x1 | norms, gate, up |
 | "input" | x0 | all but the last product, which nothing asks for |
 | "host" | x0 in host memory | the same |
 
@@ -41,8 +43,8 @@ from deltaw.kernels.norm import rms_norm, rms_norm_backward
 from deltaw.kernels.rotary import norm_rotate, norm_rotate_backward, rotate
 from deltaw.kernels.scaled import scale_and_sum, scaled_add
 
-Keep = Literal["all", "attention", "input", "host"]
-KEEPS: tuple[Keep, ...] = ("all", "attention", "input", "host")
+Keep = Literal["values", "all", "attention", "input", "host"]
+KEEPS: tuple[Keep, ...] = ("values", "all", "attention", "input", "host")
 
 
 @dataclass(frozen=True)
@@ -148,19 +150,24 @@ class _State:
         call, x0 = self.call, self.x0
         assert x0 is not None
         keep = call.keep
-        attention = self._attention(x0, graph=self.wanted and keep in ("all", "attention"))
+        norms, products, attentions = (self.wanted and keep in KEEPS[:count] for count in (1, 2, 3))
+        attention = self._attention(x0, graph=attentions, norm=norms)
         x1, zo = self._after_attention(x0, attention["a"])
-        if self.wanted and keep in ("all", "attention"):
+        if attentions:
             self.kept |= attention | {"x1": x1, "zo": zo}
         del attention
-        z = self._gate_up(self._normed(1, x1, self.gate_up)[0])
+        n2 = self._normed(1, x1, self.gate_up)
+        z = self._gate_up(n2[0])
+        if norms:
+            self.kept["n2"] = n2
+        del n2
         act = self._act(z)
-        if self.wanted and keep == "all":
+        if products:
             self.kept["z"] = z
         del z
         self.h[DOWN] = self.down.project(act)
         x2, zd = self._onto(self.down, act, self.h[DOWN], x1)
-        if self.wanted and keep != "input" and keep != "host":
+        if attentions:
             self.kept["zd"] = zd
         if self.wanted and keep == "host" and call.host is not None:
             self.kept["x0"] = call.host.put(x0)
@@ -178,18 +185,18 @@ class _State:
         _, rstd = rms_norm(x, norm.weight, eps=norm.eps, style=norm.style, out=out[:, : x.shape[1]])
         return out, rstd
 
-    def _attention(self, x0: Tensor, *, graph: bool) -> dict[str, Any]:
+    def _attention(self, x0: Tensor, *, graph: bool, norm: bool = False) -> dict[str, Any]:
         """Q, k, v as attention sees them and a (M, heads head_dim); with a graph from one to the other where wanted."""
         call = self.call
-        n1, _ = self._normed(0, x0, self.qkv)
+        n1 = self._normed(0, x0, self.qkv)
         if QKV not in self.h:
-            self.h[QKV] = self.qkv.project(n1)
-        y = self.qkv.finish(self.qkv.outputs(n1, self.h[QKV]))
-        del n1
+            self.h[QKV] = self.qkv.project(n1[0])
+        y = self.qkv.finish(self.qkv.outputs(n1[0], self.h[QKV]))
         qk, v = self._heads(y)
         heads = self.qkv.widths[0] // call.head_dim
         q, k = qk[:, :, :heads], qk[:, :, heads:]
-        found: dict[str, Any] = {"y": y}
+        found: dict[str, Any] = {"y": y, "n1": n1} if norm else {"y": y}
+        del n1
         if call.head_norms is not None:
             (q, rq), (k, rk) = (
                 norm_rotate(t, n.weight, call.cos, call.sin, eps=n.eps, style=n.style)
@@ -285,7 +292,7 @@ class _State:
         call, d = self.call, self.shape[-1]
         x1: Tensor = self.kept.pop("x1")
         z = self.kept.pop("z", None)
-        n2, rstd = self._normed(1, x1, self.gate_up if z is None else None)
+        n2, rstd = self.kept.pop("n2", None) or self._normed(1, x1, self.gate_up if z is None else None)
         if z is None:
             z = self._gate_up(n2)
         zd = self.kept.pop("zd", None)
@@ -366,8 +373,8 @@ class _State:
         del grads
         dcs = self.qkv.scale_gradients(g[:, : self.qkv.rows], y)
         del y
-        n1, rstd = self._normed(0, x0, None)
-        dn1, pairs = self.qkv.backward(g, n1, self.h[QKV], need_x=need_x)
+        n1, rstd = self.kept.pop("n1", None) or self._normed(0, x0, None)
+        dn1, pairs = self.qkv.backward(g, n1[:, :d], self.h[QKV], need_x=need_x)
         for name, pair, one in zip("qkv", pairs, dcs, strict=True):
             self.found[name] = (*pair, one)
         self.x0 = None
@@ -442,10 +449,11 @@ def kept_bytes(
         scaled: whether o and down have a c, whose z is kept.
         head_norms: whether queries and keys are kept unnormed too.
     """
-    columns = {"all": 0, "attention": 0, "input": width, "host": 0}[keep]
-    if keep in ("all", "attention"):
+    columns = width if keep == "input" else 0
+    if keep in KEEPS[:3]:
         columns = 2 * width + 2 * (heads + kv_heads) * head_dim
         columns += 2 * width if scaled else 0
         columns += (heads + kv_heads) * head_dim if head_norms else 0
-        columns += 2 * inner if keep == "all" else 0
+        columns += 2 * inner if keep in KEEPS[:2] else 0
+        columns += 2 * width if keep == "values" else 0
     return columns * tokens * itemsize

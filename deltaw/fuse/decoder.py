@@ -23,7 +23,7 @@ from deltaw.core.protocols import packed_of
 from deltaw.fuse.block import GROUPS, Call, Keep, Norm, kept_bytes, run_block
 from deltaw.fuse.head import undisturbed
 from deltaw.fuse.host_memory import HostMemory
-from deltaw.fuse.keep import Room, choose, told
+from deltaw.fuse.keep import Room, choose, told, upgrade
 from deltaw.fuse.linears import Store, fused_linear, hooked, join, part
 from deltaw.kernels.gated import gated_torch
 from deltaw.kernels.norm import rms_norm_torch
@@ -82,16 +82,18 @@ class Fusion:
         if self.keep is not None:
             return self.keep
         if not x.is_cuda:
-            return "all"
+            return "values"
         tokens = x.numel() // x.shape[-1]
         if tokens not in self.plans:
             # As if nothing were held: what is kept saves more for its bytes.
             left = self.room.left(x.device, layer.working_bytes(tokens)) + self.store.held_bytes
-            plan = self.plans[tokens] = choose(self.layers, left, lambda keep: layer.bytes_of(keep, tokens))
+            plan = choose(self.layers, left, lambda keep: layer.bytes_of(keep, tokens))
             left -= sum(layer.bytes_of(keep, tokens) for keep in plan)
             holds = self.room.holds and layer.decodes
             self.held_layers = min(self.held_layers, left // layer.held_bytes, self.layers) if holds else 0
             self.store.hold(self.held_layers, self.layers, narrow=bool(self.fp8))
+            left -= self.held_layers * layer.held_bytes
+            plan = self.plans[tokens] = upgrade(plan, left, lambda keep: layer.bytes_of(keep, tokens))
             # Of shorter batches nobody wants to hear.
             if tokens == max(self.plans):
                 kept = self.layers if self.store.narrow is not None else len(self.store.holds)
@@ -245,6 +247,13 @@ def _part(layer: _Layer) -> None:
         if whole is not None:
             storage = whole.untyped_storage().data_ptr()
             part(w for w in weights if packed_of(w) is None and w.untyped_storage().data_ptr() == storage)
+
+
+def checkpoint_fused(model: nn.Module, on: bool) -> None:
+    """Turns transformers' recomputation around fused layers on or off: they make things again by themselves."""
+    for layer in _decoder_layers(model):
+        if _STATE in layer.__dict__ and hasattr(layer, "gradient_checkpointing"):
+            layer.gradient_checkpointing = on
 
 
 def needs_mask(model: nn.Module) -> bool:
@@ -474,8 +483,13 @@ def _differs(layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
     if not isinstance(given.get("hidden_states"), Tensor):
         return f"{type(module).__name__} is not called with hidden_states"
     x = given.pop("hidden_states").detach()
-    training = module.training
+    modes = [(child, child.training) for child in module.modules()]
     try:
+        # What training will meet at every call: dropout, weights that are trained themselves.
+        module.train()
+        call = call_of(layer, {**given, "hidden_states": x}, keep="input")
+        if isinstance(call, str):
+            return call
         module.eval()
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             same = _computes_the_same(layer, x, given)
@@ -483,7 +497,8 @@ def _differs(layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
         line = str(error).strip().partition("\n")[0]
         return f"a trial failed ({type(error).__name__}: {line})"
     finally:
-        module.train(training)
+        for child, mode in modes:
+            child.training = mode
     return None if same else f"{type(module).__name__} computes something else"
 
 
@@ -491,9 +506,7 @@ def _computes_the_same(layer: _Layer, like: Tensor, given: dict[str, Any]) -> bo
     """Updates and input gradients of the layer's own forward and of the fused function, on random rows."""
     own = type(layer.module).forward
     call = call_of(layer, {**given, "hidden_states": like}, keep="input")
-    if isinstance(call, str):
-        # What holds now may not in training: only the structure is on trial.
-        return True
+    assert isinstance(call, Call)
     call.fp8 = frozenset()
 
     def output(x: Tensor) -> Tensor:

@@ -72,10 +72,20 @@ def choose(layers: int, left_bytes: int, cost: Callable[[Keep], int]) -> list[Ke
     return chosen
 
 
+def upgrade(chosen: Sequence[Keep], left_bytes: int, cost: Callable[[Keep], int]) -> list[Keep]:
+    """The same with norms kept too, from the last layer on, as far as what is left goes; they save the least."""
+    count = left_bytes // max(1, cost("values") - cost("all"))
+    found = list(chosen)
+    for index in [index for index in reversed(range(len(found))) if found[index] == "all"][:count]:
+        found[index] = "values"
+    return found
+
+
 def told(chosen: Sequence[Keep]) -> str:
     """A plan in words."""
     words = {
-        "all": "keep all", "attention": "make the MLP again", "input": "keep their input", "host": "keep it on the host"
+        "values": "keep all", "all": "make norms again", "attention": "make the MLP again", "input": "keep their input",
+        "host": "keep it on the host",
     }  # fmt: skip
     counts = {level: chosen.count(level) for level in words if level in chosen}
     if len(counts) == 1:

@@ -201,8 +201,9 @@ class Group:
         self.widths = [linear.weight.shape[0] for linear in linears]
         self.rows, self.columns = sum(self.widths), linears[0].weight.shape[1]
         self.P = _padded(sum(linear.rank for linear in linears))
-        factors = [None if linear.factor is None else _apart(linear.factor.detach()) for linear in linears]
-        self.c = self._one(factors, 1.0)
+        c = self._one([None if linear.factor is None else linear.factor.detach() for linear in linears], 1.0)
+        # Of several linears dc is found by dividing by it, see `scale_gradients`.
+        self.c = c if c is None or len(linears) == 1 else _apart(c)
         self.bias = self._one([linear.bias for linear in linears], 0.0)
         self.packed: list[Any] = [getattr(linear.weight, "packed", None) for linear in linears]
         self.decoded = all(isinstance(weight, NF4Weight) for weight in self.packed)
@@ -530,4 +531,4 @@ def _padded(ranks: int) -> int:
 
 
 def _apart(c: Tensor) -> Tensor:
-    return torch.where(c.abs() < LEAST, torch.full_like(c, LEAST), c)
+    return c.masked_fill(c.abs() < LEAST, LEAST)

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from deltaw.core.protocols import BaseWeight
 from deltaw.kernels.lora_linear import Sinks, draw_dropout_seed, dropout_mask, low_rank_gradients
+from deltaw.kernels.norm import triton_form
 from deltaw.kernels.per_example import along, linear, spread
 
 #: Elements of W that `squared_row_norms` makes wide at a time.
@@ -58,7 +59,17 @@ def row_norms(squared: Tensor, U: Tensor, A: Tensor, B: Tensor, scale: float) ->
     Returns:
         (out,), in `squared`'s dtype.
     """
-    A, B, U = A.detach().to(squared.dtype), B.detach().to(squared.dtype), U.detach().to(squared.dtype)
+    B, U = B.detach(), U.detach()
+    kernels = triton_form(B, "row_norms_triton") if squared.dtype == torch.float32 else None
+    if kernels is not None and B.shape[1] <= kernels.LARGEST_RANK:
+        norms: Tensor = kernels.row_norms(squared, U, A, B, scale)
+        return norms
+    return row_norms_torch(squared, U, A, B, scale)
+
+
+def row_norms_torch(squared: Tensor, U: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`row_norms` in torch on any device."""
+    A, B, U = A.detach().to(squared.dtype), B.to(squared.dtype), U.to(squared.dtype)
     # The sum can fall below 0 by rounding where the update cancels the weight.
     both = torch.addmm(2 * U, B, A @ A.t(), beta=scale, alpha=scale * scale)
     return ((B * both).sum(1) + squared).clamp_(min=torch.finfo(squared.dtype).tiny).sqrt_()

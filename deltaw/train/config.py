@@ -88,8 +88,8 @@ class TrainConfig:
         dtype: of the base: `auto` (bfloat16 where the device has it), `float32`, `bfloat16`.
         device: `auto`, `cpu`, `cuda`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        fast: fused decoder layers: `auto` (where `memory_budget` or `fp8` ask for them), `on` (an error where no layer
-            is of a kind that is known), `off`.
+        fast: fused decoder layers: `auto` (on a GPU, where layers are of a kind that is known), `on` (an error where
+            none is), `off`.
         memory_budget: the most that may be allocated on the GPU, in bytes or as "10.4GB": fused layers keep what fits
             and make the rest again. None: what the card has.
         fp8: fused layers' products with frozen weights in 8-bit floats: `none`, `all`, or `all-but-down` (the MLP's

@@ -18,7 +18,7 @@ from deltaw.core.protocols import packed_of
 from deltaw.data import Collator
 from deltaw.fuse.attention import FastCpuAttention
 from deltaw.fuse.block import Keep
-from deltaw.fuse.decoder import install_blocks, uninstall_blocks
+from deltaw.fuse.decoder import checkpoint_fused, install_blocks, uninstall_blocks
 from deltaw.fuse.head import install_loss_head, uninstall_loss_head
 from deltaw.fuse.keep import HEAD_BYTES, Room
 from deltaw.methods import NEFTune, adapt, delete_adapter, method_of
@@ -208,8 +208,7 @@ def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
         raise InputError(
             f"fp8 is for GPUs, and the model is on {model.device.type}: give fast on too, to try it slowly"
         )
-    wanted = config.memory_budget is not None or config.fp8 != "none"
-    if config.fast == "off" or (config.fast == "auto" and not wanted):
+    if config.fast == "off" or (config.fast == "auto" and not cuda):
         return
     trained = [p for p in model.parameters() if p.requires_grad]
     states = 0 if config.optimizer.startswith("paged") else 2
@@ -224,6 +223,9 @@ def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
     joins = None if config.sharding == "none" else False
     fused, layers, reason = install_blocks(model, keep=keep, room=room, fp8=config.fp8, joins=joins, say=say)  # type: ignore[arg-type]
     if fused:
+        # Gradients by example are none of the fused layers' business.
+        if config.gradient_checkpointing and not config.dp:
+            checkpoint_fused(model, False)
         say(f"{fused} of {layers} layers fused" + (f" ({reason})" if reason else ""))
         return
     asked_for = {

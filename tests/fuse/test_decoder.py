@@ -16,7 +16,7 @@ from deltaw.fuse import decoder, linears
 from deltaw.fuse.block import KEEPS, kept_bytes
 from deltaw.fuse.decoder import install_blocks, needs_mask, uninstall_blocks
 from deltaw.fuse.host_memory import HostMemory
-from deltaw.fuse.keep import Room, choose, told
+from deltaw.fuse.keep import Room, choose, told, upgrade
 from deltaw.quant import quantize_model
 
 SHAPE = {
@@ -402,7 +402,7 @@ def saved_bytes(model, batch, layer):
     return sum(size for pointer, size in seen.items() if pointer not in weights)
 
 
-@pytest.mark.parametrize("keep", ["all", "attention", "input"])
+@pytest.mark.parametrize("keep", KEEPS[:4])
 @pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("llama", "dora"), ("qwen3", "lora")])
 def test_what_is_kept_is_what_the_arithmetic_says(family, method, keep):
     model, batch = model_of(family, method), batch_of(padded=False)
@@ -418,14 +418,16 @@ def test_what_is_kept_is_what_the_arithmetic_says(family, method, keep):
 
 
 def test_the_plan_uses_the_room_and_no_more():
-    cost = {"all": 100, "attention": 40, "input": 10, "host": 0}.__getitem__
+    cost = {"values": 120, "all": 100, "attention": 40, "input": 10, "host": 0}.__getitem__
     assert choose(4, 39, cost) == ["host"] * 4
     assert choose(4, 40, cost) == ["input"] * 4
     assert choose(4, 130, cost) == ["input", "input", "input", "all"]
     plan = choose(4, 260, cost)
     assert plan == ["input", "attention", "all", "all"] and sum(map(cost, plan)) <= 260
     assert choose(4, 400, cost) == ["all"] * 4
-    assert told(plan) == "2 layers keep all, 1 layers make the MLP again, 1 layers keep their input"
+    assert upgrade(plan, 39, cost) == ["input", "attention", "all", "values"] and upgrade(plan, 19, cost) == plan
+    assert upgrade(plan, 999, cost) == ["input", "attention", "values", "values"]
+    assert told(plan) == "2 layers make norms again, 1 layers make the MLP again, 1 layers keep their input"
     assert told(["input"] * 2) == "all 2 layers keep their input"
 
 
@@ -533,8 +535,8 @@ def test_plans_by_the_card_s_memory(monkeypatch):
         left = 4_000_000 * 0.98 - 1_100_000 - layer.working_bytes(tokens)
         assert plan == ["host"] * 3 or kept <= left
         seen.append(plan)
-    assert seen[0] == ["all"] * 3 and seen[-1] == ["host"] * 3 and seen[2] == seen[4]
-    assert any("input" in plan and "all" in plan for plan in seen)
+    assert seen[0] == ["values"] * 3 and seen[-1] == ["host"] * 3 and seen[2] == seen[4]
+    assert any("input" in plan and "values" in plan for plan in seen)
     assert len(said) == 5 and said[0] == "batches of 10 tokens: all 3 layers keep all"
 
     def plan(tokens):

@@ -6,6 +6,7 @@ import pytest
 import small_runs
 
 from deltaw.core.errors import InputError
+from deltaw.fuse import decoder
 from deltaw.studies.job import run_job
 from deltaw.train.config import bytes_of, make_config
 
@@ -48,6 +49,17 @@ def test_a_run_with_fused_layers_is_the_run_without(changes, place, tmp_path):
     fused, said = train(place, tmp_path / "fused", fast="on", **changes)
     assert "2 of 2 layers fused" in said
     assert len(fused) > 3 and fused == pytest.approx(plain, rel=1e-3)
+
+
+def test_fused_layers_are_not_made_again_by_transformers_too(place, tmp_path, monkeypatch):
+    calls = []
+    run = decoder.run_block
+    monkeypatch.setattr(decoder, "run_block", lambda x, call: calls.append(call.keep) or run(x, call))
+    train(place, tmp_path / "keeps", fast="on", max_steps=2)
+    kept = len(calls)
+    calls.clear()
+    train(place, tmp_path / "again", fast="on", max_steps=2, gradient_checkpointing=True)
+    assert calls == ["input"] * kept and kept > 0
 
 
 def test_by_itself_a_cpu_trains_with_the_layers_own_modules(place, tmp_path):
