@@ -18,6 +18,8 @@ place, so storage may be shared with an input.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -44,18 +46,18 @@ class Tiles(NamedTuple):
     programs: int
 
 
-PROJECT_AND_SUM = Tiles(64, 256, 8, 3, 132)
-#: From so many columns on the wider tiles, which halve the larger partial sums, still give every multiprocessor work:
-#: on an H100 0.109 ms instead of 0.118 at 14336.
+#: The first whose tiles fit into a multiprocessor's shared memory (227 KiB on an H100, where the first does up to rank
+#: 16), of those as wide as N is large: from so many columns on the widest, which halve the larger partial sums, still
+#: give every multiprocessor work. At 14336 they take 0.109 ms on an H100, the second 0.118.
+PROJECT_AND_SUM = (Tiles(64, 512, 8, 3, 132), Tiles(64, 256, 8, 3, 132), Tiles(64, 256, 8, 2, 132))
 WIDE_COLUMNS = 8192
-WIDE_PROJECT_AND_SUM = Tiles(64, 512, 8, 3, 132)
+
+#: For float32, which is multiplied value by value, with operands in registers.
+FLOAT32 = Tiles(32, 64, 4, 2, 264)
 
 #: Rows and columns of a program, and warps. 64 rows for four warps are the least that Hopper's wider product takes; the
 #: tile's way between that product's layout and memory's then has 5 barriers, with 32 rows 23.
 ADD_PRODUCT = (64, 64, 4)
-
-#: For float32, which is multiplied value by value, with operands in registers.
-FLOAT32 = Tiles(32, 64, 4, 2, 264)
 
 #: Values that one program of the second kernel adds up, and parts of them loaded at a time.
 SUM_TILE = 512
@@ -159,10 +161,7 @@ def project_and_sum(
     B, h = _rows(B.to(g.dtype)), _rows(h.to(g.dtype))
     k, dB = torch.empty_like(h, memory_format=torch.contiguous_format), g.new_empty(B.shape, dtype=torch.float32)
     (M, N), R = g.shape, h.shape[1]
-    if tiles is None and g.dtype == torch.float32:
-        tiles = FLOAT32
-    elif tiles is None:
-        tiles = WIDE_PROJECT_AND_SUM if N >= WIDE_COLUMNS else PROJECT_AND_SUM
+    tiles = tiles or _fitting(g, _padded(R))
     across = triton.cdiv(N, tiles.columns)
     each, number = _split(across, triton.cdiv(M, tiles.rows), tiles.programs)
     k_parts, parts = _parts(k, across), _parts(dB, number)
@@ -216,6 +215,24 @@ def add_product(
 def _rows(matrix: Tensor) -> Tensor:
     """The matrix with its rows' values side by side."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _fitting(g: Tensor, rank: int) -> Tiles:
+    if g.dtype == torch.float32:
+        return FLOAT32
+    room = _shared_bytes(g.device.index) if g.is_cuda else math.inf
+    for tiles in PROJECT_AND_SUM[g.shape[1] < WIDE_COLUMNS :]:
+        # Tiles of g and h under way, B's, and k's in float32 on its way to another layout.
+        steps = tiles.stages * tiles.rows * (tiles.columns + rank)
+        if g.element_size() * (steps + tiles.columns * rank) + 4 * tiles.rows * rank <= room:
+            break
+    return tiles
+
+
+@functools.cache
+def _shared_bytes(device: int) -> int:
+    """What a program on this CUDA device may use of shared memory."""
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 def _padded(rank: int) -> int:

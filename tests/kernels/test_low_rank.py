@@ -272,6 +272,23 @@ def test_kernels_cut_the_work_for_the_card():
     assert _split(128, 32, 132) == (32, 1) and _split(16, 128, 132) == (16, 8)
 
 
+@kernels
+def test_kernels_take_the_tiles_that_fit(monkeypatch):
+    from deltaw.kernels import low_rank_triton
+    from deltaw.kernels.low_rank_triton import PROJECT_AND_SUM, _fitting
+
+    class Matrix(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(low_rank_triton, "_shared_bytes", lambda device: room)
+    # An H100, an A100 and a consumer's card, in KiB; tiles by columns and rank.
+    for room, wanted in ((227, (1, 1, 0, 1)), (163, (1, 1, 1, 1)), (99, (2, 2, 2, 2))):
+        room *= 1024
+        sizes = ((4096, 16), (4096, 32), (8192, 16), (14336, 32))
+        found = [_fitting(torch.empty(1, N).half().as_subclass(Matrix), rank) for N, rank in sizes]
+        assert [PROJECT_AND_SUM.index(tiles) for tiles in found] == [*wanted]
+
+
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
