@@ -20,7 +20,17 @@ from typing import Any
 
 import torch
 
-from deltaw.kernels import fp8, gated_triton, low_rank, low_rank_triton, nf4_triton, norm_triton, rotary_triton, scaled
+from deltaw.kernels import (
+    fp8,
+    gated_triton,
+    low_rank,
+    low_rank_triton,
+    nf4_triton,
+    norm_triton,
+    rotary_triton,
+    scaled,
+    scaled_triton,
+)
 from deltaw.kernels.cross_entropy_triton import loss_and_gradient
 from deltaw.kernels.low_rank_triton import Tiles
 from deltaw.quant.codebooks import nf4_code
@@ -69,9 +79,10 @@ def cases(tokens: int, variants: bool) -> Iterator[Case]:
         yield Case(f"gemm [g, k] {N}x{K}", make, back, flops=2.0 * M * N * K)
     yield from _norms(M, d, row)
     yield from _rotary(M)
-    yield from _scaled(M, row)
+    yield from _scaled(M, row, variants)
     yield from _gated(M, n, r, wide, variants)
     yield from _low_rank(M, r, variants)
+    yield from _add_product(M, row, variants)
     yield from _nf4(variants)
     yield from _cross_entropy(variants)
     yield from _fp8(M)
@@ -95,12 +106,10 @@ def _rotary(M: int) -> Iterator[Case]:
     seq = 2048
     cos, sin = draw(1, seq, HEAD), draw(1, seq, HEAD)
     for heads in (HEADS, KV_HEADS):
-        yield Case(
-            f"rotary {heads} heads",
-            lambda heads=heads: draw(M // seq, seq, heads, HEAD),
-            lambda x: rotary_triton.rotate(x, cos, sin),
-            2 * 2 * M * heads * HEAD,
-        )
+        shape, size = (M // seq, seq, heads, HEAD), 2 * 2 * M * heads * HEAD
+        name, make = f"rotary {heads} heads", partial(draws, shape, shape)
+        yield Case(name, make, lambda t: rotary_triton.rotate(t[0], cos, sin), size)
+        yield Case(f"{name} elsewhere", make, lambda t: rotary_triton.rotate(t[0], cos, sin, out=t[1]), size)
 
 
 def _gated(M: int, n: int, r: int, wide: int, variants: bool) -> Iterator[Case]:
@@ -111,8 +120,11 @@ def _gated(M: int, n: int, r: int, wide: int, variants: bool) -> Iterator[Case]:
     )
     B, h, k = draw(n, r), draw(M, r), draw(M, r)
     c = torch.rand(n, device="cuda")
-    tiles = [None, (32, 128, 4, 3), (32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 3), (16, 128, 4, 3)]
-    for tile, factors in itertools.product(tiles if variants else [None], (None, (c, c))):
+    tiles: dict[Any, list[Any]] = {
+        None: [(16, 128, 4, 3), (16, 128, 4, 4), (16, 64, 4, 4), (16, 64, 2, 4), (16, 128, 8, 3), (32, 64, 2, 3)],
+        (c, c): [(16, 128, 4, 2), (16, 128, 4, 3), (32, 128, 4, 2), (16, 64, 4, 3), (32, 64, 4, 2)],
+    }
+    for factors, tile in ((key, tile) for key, others in tiles.items() for tile in [None, *others * variants]):
         yield Case(
             f"gated backward low-rank {'factors ' if factors else ''}{tile or ''}",
             make,
@@ -126,34 +138,39 @@ def _gated(M: int, n: int, r: int, wide: int, variants: bool) -> Iterator[Case]:
 
 def _low_rank(M: int, r: int, variants: bool) -> Iterator[Case]:
     h, k = draw(M, r), draw(M, 3 * r)
+    tiles = [None, *[Tiles(64, 256, 8, 3, 132), Tiles(64, 512, 8, 3, 132), Tiles(64, 256, 8, 4, 132)] * variants]
     for K in (WIDTH, INNER):
         A, B = draw(3 * r, K), draw(K, r)
         size = 2 * M * K
         make = partial(draw, M, K)
-        project = [None, Tiles(128, 128, 8, 3, 132), Tiles(32, 256, 4, 4, 132)] if variants else [None]
-        both = [None, Tiles(64, 512, 8, 3, 132), Tiles(64, 256, 8, 4, 132), Tiles(128, 256, 8, 3, 132)]
-        both = both if variants else [None]
-        for tiles in project:
+        yield Case(f"low-rank project {K}", make, lambda x, A=A: low_rank.project(x, A), size)
+        yield Case(f"low-rank outer-sum {K}", make, lambda x: low_rank.outer_sum(k, x), size)
+        for tile in tiles:
             yield Case(
-                f"low-rank project {K} {tiles or ''}", make,
-                lambda x, A=A, tiles=tiles: low_rank_triton.project(x, A, tiles=tiles), size,
-            )  # fmt: skip
-        yield Case(f"low-rank project {K} torch", make, lambda x, A=A: x @ A.t(), size)
-        for tiles in both:
-            yield Case(
-                f"low-rank project-and-sum {K} {tiles or ''}", make,
-                lambda g, B=B, tiles=tiles: low_rank_triton.project_and_sum(g, B, h, scale=2.0, tiles=tiles), size,
-            )  # fmt: skip
-            yield Case(
-                f"low-rank outer-sum {K} {tiles or ''}", make,
-                lambda x, tiles=tiles: low_rank_triton.outer_sum(k, x, tiles=tiles), size,
+                f"low-rank project-and-sum {K} {tile or ''}", make,
+                lambda g, B=B, tile=tile: low_rank_triton.project_and_sum(g, B, h, scale=2.0, tiles=tile), size,
             )  # fmt: skip
         yield Case(
             f"low-rank project-and-sum {K} torch", make,
             lambda g, B=B: low_rank.project_and_sum_torch(g, B, h, scale=2.0), size,
         )  # fmt: skip
-        yield Case(f"low-rank outer-sum {K} torch", make, lambda x: k.t() @ x, size)
         yield Case(f"low-rank h B^T {K}", make, lambda x, B=B: torch.mm(h, B.t(), out=x), size)
+
+
+def _add_product(M: int, row: int, variants: bool) -> Iterator[Case]:
+    h, B = draw(M, RANK), draw(WIDTH, RANK)
+    make = partial(draws, (M, WIDTH), (M, WIDTH), (M, WIDTH))
+    others = [(32, 128, 4), (64, 128, 8), (128, 64, 8), (64, 128, 4), (32, 256, 8), (16, 256, 4)]
+    for more, tile in itertools.product((False, True), [low_rank_triton.ADD_PRODUCT, *others * variants]):
+        yield Case(
+            f"add product {'and z ' if more else ''}{tile}", make,
+            lambda t, more=more, tile=tile: low_rank_triton.add_product(
+                t[0], h, B, z=t[1] if more else None, out=t[1 if more else 2], tile=tile
+            ),
+            (3 if more else 2) * row,
+        )  # fmt: skip
+    yield Case("add product torch", make, lambda t: torch.addmm(t[0], h, B.t(), out=t[2]), 2 * row)
+    yield Case("add product and z torch", make, lambda t: t[1].addmm_(h, B.t()).add_(t[0]), 3 * row)
 
 
 def _nf4(variants: bool) -> Iterator[Case]:
@@ -173,10 +190,23 @@ def _nf4(variants: bool) -> Iterator[Case]:
             )
 
 
-def _scaled(M: int, row: int) -> Iterator[Case]:
+def _scaled(M: int, row: int, variants: bool) -> Iterator[Case]:
     c = torch.rand(WIDTH, device="cuda")
     make = partial(draws, (M, WIDTH), (M, WIDTH))
-    yield Case("scale and sum", make, lambda t: scaled.scale_and_sum(t[0], t[1], c, out=t[0]), 3 * row)
+    default, strip = scaled_triton.SUMMED_TILE, scaled_triton.SUMMED_ROWS
+    tiles = [(4, 512, 4), (2, 512, 4), (4, 512, 8), (8, 256, 4), (2, 1024, 8), (4, 512, 2), (4, 1024, 4)]
+    others = [*((tile, strip) for tile in tiles), (default, strip // 2), (default, 2 * strip)]
+    for tile, rows in [(default, strip), *others * variants]:
+        yield Case(
+            f"scale and sum {tile} {rows}", make,
+            lambda t, tile=tile, rows=rows: scaled_triton.scale_and_sum(
+                t[0], t[1], c, out=t[0], tile=tile, strip=rows
+            ),
+            3 * row,
+        )  # fmt: skip
+    yield Case(
+        "scale and sum, its second sum", partial(draw, M // strip, WIDTH, dtype=torch.float32), lambda x: x.sum(0)
+    )
     yield Case("scaled add", make, lambda t: scaled.scaled_add(t[0], t[1], c), 3 * row)
 
 
