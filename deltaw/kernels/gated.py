@@ -15,6 +15,9 @@ With the adapters of rank r on gate, up and down, h = x A^T and k as in `lora_li
     k_gate = scale_gate dz_gate B_gate      dB_gate = scale_gate dz_gate^T h_gate      (up likewise)
     dA_down = k_down^T act
 
+Products that come without their low-rank part get it on the way: z = gate + s h_gate B_gate^T (up likewise), and
+dL/dact = g + k_down A_down. That costs no pass of its own over (M, N), and none is rounded before it is used.
+
 Arithmetic is float32 (float64 for float64 inputs), rounded once; the sums read dz and act as rounded, so they are
 those of separate functions. Plain functions for use inside autograd functions. CUDA tensors of at most 32 bits go to
 `gated_triton.py` where Triton is installed; the torch functions are its reference and the way everywhere else.
@@ -36,8 +39,12 @@ from deltaw.kernels.norm import triton_form, wide_dtype
 #: f; "gelu_tanh" is transformers' "gelu_pytorch_tanh", "gelu" the one by the error function.
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 Factors = tuple[Tensor, Tensor]
+#: h_gate (M, r), B_gate (N, r), h_up and B_up, whose ranks may differ.
+LowRank = tuple[Tensor, Tensor, Tensor, Tensor]
+#: a (M, r) and b (r, N), of which a tensor (M, N) lacks a b.
+Missing = tuple[Tensor, Tensor]
 
-#: Largest rank of the kernel that makes the low-rank sums along with the gradient, by bytes of a value.
+#: Largest rank of the kernels that take the low-rank part or make its sums along with the rest, by bytes of a value.
 LARGEST_RANK = {2: 64, 4: 16}
 #: Values that the torch form makes wide at a time.
 _ELEMENTS = 1 << 18
@@ -45,15 +52,24 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def gated(
-    gate: Tensor, up: Tensor, *, activation: Activation, factors: Factors | None = None, out: Tensor | None = None
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: Activation,
+    factors: Factors | None = None,
+    low_rank: LowRank | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Act = f(c_gate gate) c_up up.
+    """Act = f(c_gate z_gate) c_up z_up.
 
     Args:
-        gate: (M, N), rows contiguous, any stride between them: a half of an (M, 2N) buffer is one.
+        gate: (M, N), z_gate or all of it but its low-rank part; rows contiguous, any stride between them: a half of an
+            (M, 2N) buffer is one.
         up: like `gate`.
         activation: f.
         factors: c_gate and c_up, (N,) each, any floating dtype; None stands for 1.
+        low_rank: h_gate (M, r), B_gate (N, r), h_up and B_up, where z_gate = gate + h_gate B_gate^T and z_up likewise;
+            taken in gate's dtype. None stands for 0. Above `LARGEST_RANK` on CUDA z is rounded once.
         out: storage for act, like `gate`; may be `gate` or `up`. None makes it.
 
     Returns:
@@ -63,22 +79,38 @@ def gated(
         InputError: shapes, dtypes, devices or strides that do not fit; an unknown activation.
     """
     _check(gate, activation, factors, up=up, out=out)
+    if low_rank is not None:
+        h_gate, B_gate, h_up, B_up = low_rank
+        _check_low_rank(gate, ("gate", B_gate, h_gate), ("up", B_up, h_up))
     if out is None:
         out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     kernels = triton_form(gate, "gated_triton")
+    if kernels is not None and low_rank is not None and not _fits(gate, low_rank[1], low_rank[3]):
+        h_gate, B_gate, h_up, B_up = (t.to(gate.dtype) for t in low_rank)
+        gate, up, low_rank = torch.addmm(gate, h_gate, B_gate.t()), torch.addmm(up, h_up, B_up.t()), None
     form = gated_torch if kernels is None else kernels.gated
-    result: Tensor = form(gate, up, activation=activation, factors=factors, out=out)
+    result: Tensor = form(gate, up, activation=activation, factors=factors, low_rank=low_rank, out=out)
     return result
 
 
 def gated_torch(
-    gate: Tensor, up: Tensor, *, activation: Activation, factors: Factors | None = None, out: Tensor | None = None
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: Activation,
+    factors: Factors | None = None,
+    low_rank: LowRank | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`gated` in torch on any device."""
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
     c_gate, c_up = _wide_factors(factors, gate)
+    of_gate = of_up = None
+    if low_rank is not None:
+        h_gate, B_gate, h_up, B_up = low_rank
+        of_gate, of_up = _missing(gate, h_gate, B_gate.t()), _missing(up, h_up, B_up.t())
     for rows in _blocks(gate):
-        x, u = (t[rows].to(wide_dtype(t.dtype)) * c for t, c in ((gate, c_gate), (up, c_up)))
+        x, u = _rows(gate, rows, of_gate) * c_gate, _rows(up, rows, of_up) * c_up
         P, _ = _curve(x, activation)
         out[rows] = P.mul_(x).mul_(u)
     return out
@@ -110,14 +142,20 @@ def gated_backward(
 
 
 def gated_backward_torch(
-    g: Tensor, gate: Tensor, up: Tensor, *, activation: Activation, factors: Factors | None = None
+    g: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: Activation,
+    factors: Factors | None = None,
+    missing: tuple[Missing | None, Missing | None, Missing | None] = (None, None, None),
 ) -> tuple[Tensor, Tensor] | None:
-    """`gated_backward` in torch on any device."""
+    """`gated_backward` in torch on any device; `missing` is what is to be added to g, gate and up first."""
     wide = wide_dtype(g.dtype)
     c_gate, c_up = _wide_factors(factors, g)
     sums = torch.zeros(2, g.shape[1], dtype=wide, device=g.device)
     for rows in _blocks(g):
-        grad, z_gate, z_up = (t[rows].to(wide) for t in (g, gate, up))
+        grad, z_gate, z_up = (_rows(t, rows, part) for t, part in zip((g, gate, up), missing, strict=True))
         x, u = z_gate * c_gate, z_up * c_up
         P, slope = _curve(x, activation)
         f = P * x
@@ -144,6 +182,8 @@ def gated_backward_low_rank(
     activation: Activation,
     factors: Factors | None = None,
     write_act: bool = False,
+    adds: bool = False,
+    A_down: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """`gated_backward` and the low-rank gradients around it, with one read of g, gate and up on CUDA.
 
@@ -161,6 +201,8 @@ def gated_backward_low_rank(
         activation: f.
         factors: c_gate and c_up, (N,) each; None stands for 1.
         write_act: whether g becomes act.
+        adds: gate and up lack scale_gate h_gate B_gate^T and scale_up h_up B_up^T, which are added first.
+        A_down: (r, N), where g lacks k_down A_down, which is added first; None where g is whole.
 
     Returns:
         k_gate, k_up (M, r) in g's dtype, dB_gate, dB_up (N, r) and dA_down (r, N), float32 (float64 for float64); with
@@ -170,18 +212,30 @@ def gated_backward_low_rank(
         InputError: as for `gated`; low-rank tensors that do not fit.
     """
     _check(g, activation, factors, gate=gate, up=up)
-    _check_low_rank(g, ("gate", B_gate, h_gate), ("up", B_up, h_up), k_down)
+    _check_low_rank(g, ("gate", B_gate, h_gate), ("up", B_up, h_up), k_down, A_down)
     low_rank = {"B_gate": B_gate, "B_up": B_up, "h_gate": h_gate, "h_up": h_up, "k_down": k_down}
     scales = {"scale_gate": scale_gate, "scale_up": scale_up}
     kernels = triton_form(g, "gated_triton")
-    ranks = {B_gate.shape[1], B_up.shape[1], k_down.shape[1]}
-    if kernels is not None and len(ranks) == 1 and 0 < max(ranks) <= LARGEST_RANK[g.itemsize]:
+    one_rank = B_gate.shape[1] == B_up.shape[1] == k_down.shape[1]
+    if kernels is not None and one_rank and _fits(g, B_gate):
         made: tuple[Tensor, ...] = kernels.gated_backward_low_rank(
-            g, gate, up, **low_rank, **scales, activation=activation, factors=factors, write_act=write_act
-        )
+            g, gate, up, **low_rank, **scales, activation=activation, factors=factors, write_act=write_act, adds=adds,
+            A_down=A_down,
+        )  # fmt: skip
         return made
     B_gate, B_up, h_gate, h_up, k_down = (t.to(g.dtype) for t in low_rank.values())
-    sums = gated_backward(g, gate, up, activation=activation, factors=factors)
+    of_g = None if A_down is None else (k_down, A_down.to(g.dtype), 1.0)
+    of_gate, of_up = ((h_gate, B_gate.t(), scale_gate), (h_up, B_up.t(), scale_up)) if adds else (None, None)
+    parts = (of_g, of_gate, of_up)
+    if kernels is None:
+        g_part, gate_part, up_part = (None if part is None else _missing(g, *part) for part in parts)
+        missing = (g_part, gate_part, up_part)
+        sums = gated_backward_torch(g, gate, up, activation=activation, factors=factors, missing=missing)
+    else:
+        for t, part in zip((g, gate, up), parts, strict=True):
+            if part is not None:
+                t.addmm_(part[0], part[1], alpha=part[2])
+        sums = kernels.gated_backward(g, gate, up, activation=activation, factors=factors)
     k_gate, dB_gate = project_and_sum(gate, B_gate, h_gate, scale=scale_gate)
     k_up, dB_up = project_and_sum(up, B_up, h_up, scale=scale_up)
     return k_gate, k_up, dB_gate, dB_up, outer_sum(k_down, g), *(sums or ())
@@ -207,6 +261,23 @@ def _wide_factors(factors: Factors | None, like: Tensor) -> Factors:
         one = torch.ones((), dtype=wide, device=like.device)
         return one, one
     return factors[0].to(wide), factors[1].to(wide)
+
+
+def _missing(like: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Missing:
+    """A and scale b in like's dtype, wide."""
+    wide = wide_dtype(like.dtype)
+    return a.to(like.dtype).to(wide), scale * b.to(like.dtype).to(wide)
+
+
+def _rows(t: Tensor, rows: slice, missing: Missing | None) -> Tensor:
+    """Rows of t with what it lacks, wide."""
+    wide = t[rows].to(wide_dtype(t.dtype))
+    return wide if missing is None else torch.addmm(wide, missing[0][rows], missing[1])
+
+
+def _fits(like: Tensor, *Bs: Tensor) -> bool:
+    """Whether the kernels take such ranks."""
+    return all(0 < B.shape[1] <= LARGEST_RANK[like.itemsize] for B in Bs)
 
 
 def _blocks(like: Tensor) -> Iterator[slice]:
@@ -242,7 +313,11 @@ def _check(first: Tensor, activation: str, factors: Factors | None, **others: Te
 
 
 def _check_low_rank(
-    g: Tensor, gate: tuple[str, Tensor, Tensor], up: tuple[str, Tensor, Tensor], k_down: Tensor
+    g: Tensor,
+    gate: tuple[str, Tensor, Tensor],
+    up: tuple[str, Tensor, Tensor],
+    k_down: Tensor | None = None,
+    A_down: Tensor | None = None,
 ) -> None:
     rows, columns = g.shape
     for name, B, h in (gate, up):
@@ -250,5 +325,7 @@ def _check_low_rank(
             raise InputError(
                 f"B_{name} is {tuple(B.shape)} and h_{name} {tuple(h.shape)}: expected ({columns}, r) and ({rows}, r)"
             )
-    if k_down.dim() != 2 or k_down.shape[0] != rows:
+    if k_down is not None and (k_down.dim() != 2 or k_down.shape[0] != rows):
         raise InputError(f"k_down is {tuple(k_down.shape)}: expected ({rows}, r)")
+    if k_down is not None and A_down is not None and A_down.shape != (k_down.shape[1], columns):
+        raise InputError(f"A_down is {tuple(A_down.shape)}: expected ({k_down.shape[1]}, {columns}) as k_down has it")

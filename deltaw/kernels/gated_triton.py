@@ -6,6 +6,9 @@ What passes through memory for each value in 16 bits, and at M 8192, N 14336 the
     gated_backward              g, gate, up -> act, dgate, dup          12          0.47
     gated_backward_low_rank     g, gate, up -> dgate, dup (, act)       10 (12)     0.39 (0.47)
 
+Adding a low-rank part to gate and up, or to g, on the way reads thin tensors only; passes of their own would move 8 and
+4 bytes a value.
+
 Sums over tokens and columns are written as float32 partial sums, one for each program, and added by a second, small
 reduction: no atomics, the same result every time. A program of `gated_backward_low_rank` owns `columns` columns, as
 wide as dB_gate, dB_up and dA_down fit its registers, and a strip of `strip` tokens. Writing and reading partial sums
@@ -30,13 +33,18 @@ import triton  # type: ignore[import-untyped,import-not-found]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found]
 from torch import Tensor
 
-from deltaw.kernels.gated import Activation, Factors
+from deltaw.kernels.gated import Activation, Factors, LowRank
 
 #: Rows and columns of a step, and warps, of the elementwise kernels.
 TILE = (4, 1024, 8)
 #: The same where the factors' gradients are added up, whose sums take registers; rows that a program goes through then.
 SUMMED_TILE = (2, 512, 4)
 SUMMED_ROWS = 64
+#: Rows and columns of a step, warps and stages of `gated` where it adds the low-rank part; rows that a program goes
+#: through, so that it reads B once for them: at rank 16 and 128 columns, 4 % beside the 6 bytes a value.
+ADDING_TILE = (32, 128, 4, 3)
+ADDING_TILE_32 = (16, 64, 4, 1)
+ADDING_ROWS = 256
 #: Rows and columns of a step, warps and stages of the kernel with the low-rank sums, by the padded rank; a fifth number
 #: bounds a thread's registers. At rank 16 and the shape above an H100 takes 0.56 ms; with (32, 128, 4, 2) 0.62, with
 #: (32, 64, 4, 3) 0.70, with (16, 128, 4, 2) 0.72, and with (16, 256, 4, 2), which halves the larger partial sums but
@@ -115,6 +123,42 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     _store(out, row * out_row + at, P * x * u, live)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _thin(base, at, step, direction, live):  # type: ignore[no-untyped-def]
+    """Values (directions, at) of what lies as (at, directions)."""
+    return tl.load(base + at[None, :] * step + direction, mask=live, other=0.0)
+
+
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+def _adding_kernel(  # type: ignore[no-untyped-def]
+    gate, up, out, c_gate, c_up, h_gate, B_gate, h_up, B_up, rows, columns, gate_rank, up_rank,
+    gate_row, up_row, out_row, h_gate_row, B_gate_row, h_up_row, B_up_row,
+    ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, PRECISION: tl.constexpr, STRIP: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, SLOT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(columns, COLUMNS)
+    strip = (tl.program_id(0) // tiles).to(tl.int64)
+    column = (tl.program_id(0) % tiles).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (column < columns)[None, :]
+    c_gate = _load(c_gate, column, column < columns) if FACTORS else 1.0
+    c_up = _load(c_up, column, column < columns) if FACTORS else 1.0
+    direction = tl.arange(0, SLOT)[:, None]
+    B_gate = _thin(B_gate, column, B_gate_row, direction, (direction < gate_rank) & inside)
+    B_up = _thin(B_up, column, B_up_row, direction, (direction < up_rank) & inside)
+    for start in tl.range(0, STRIP, ROWS, num_stages=STAGES):
+        row = strip * STRIP + start + tl.arange(0, ROWS)
+        present = (row < rows)[None, :]
+        live = (row < rows)[:, None] & inside
+        gate_h = _thin(h_gate, row, h_gate_row, direction, (direction < gate_rank) & present)
+        up_h = _thin(h_up, row, h_up_row, direction, (direction < up_rank) & present)
+        z_gate = _load(gate, row[:, None] * gate_row + column[None, :], live)
+        z_up = _load(up, row[:, None] * up_row + column[None, :], live)
+        x = _real(tl.dot(tl.trans(gate_h), B_gate, z_gate, input_precision=PRECISION), c_gate, FACTORS)
+        u = _real(tl.dot(tl.trans(up_h), B_up, z_up, input_precision=PRECISION), c_up, FACTORS)
+        P, _ = _curve(x, ACTIVATION)
+        _store(out, row[:, None] * out_row + column[None, :], P * x * u, live)
+
+
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _backward_kernel(  # type: ignore[no-untyped-def]
     g, gate, up, c_gate, c_up, sums, rows, columns, g_row, gate_row, up_row,
@@ -149,9 +193,11 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows", "strip_rows"])  # type: ignore[untyped-decorator]
 def _low_rank_kernel(  # type: ignore[no-untyped-def]
-    g, gate, up, c_gate, c_up, B, h, k_sums, d_sums, c_sums,
-    rows, columns, strip_rows, rank, g_row, gate_row, up_row, B_row, h_row, scale_gate, scale_up,
-    ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, WRITE_ACT: tl.constexpr, PRECISION: tl.constexpr,
+    g, gate, up, c_gate, c_up, B_gate, B_up, h_gate, h_up, k_down, A_down, k_sums, d_sums, c_sums,
+    rows, columns, strip_rows, rank, g_row, gate_row, up_row, B_gate_row, B_up_row, h_gate_row, h_up_row, k_down_row,
+    A_down_row, scale_gate, scale_up,
+    ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, WRITE_ACT: tl.constexpr, ADDS: tl.constexpr, DOWN: tl.constexpr,
+    PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOT: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr,
     STAGES: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +220,15 @@ def _low_rank_kernel(  # type: ignore[no-untyped-def]
     slot = tl.arange(0, TWO)[:, None] // SLOT
     direction = tl.arange(0, TWO)[:, None] % SLOT
     known = (slot < 2) & (direction < rank)
-    B = tl.load(B + column[None, :] * B_row + slot * rank + direction, mask=known & inside[None, :], other=0.0)
+    # A choice between addresses: what is computed would be read from shared memory into registers in every step.
+    B = tl.where(slot == 0, B_gate + column[None, :] * B_gate_row, B_up + column[None, :] * B_up_row) + direction
+    B = tl.load(B, mask=known & inside[None, :], other=0.0)
+    # For what is added, operands of the rank's own width: with the padded ones it would take four times the products.
+    thin = tl.arange(0, SLOT)[:, None]
+    missing = (thin < rank) & inside[None, :]
+    gate_B = _thin(B_gate, column, B_gate_row, thin, missing) if ADDS else 0.0
+    up_B = _thin(B_up, column, B_up_row, thin, missing) if ADDS else 0.0
+    down_A = tl.load(A_down + thin * A_down_row + column[None, :], mask=missing, other=0.0) if DOWN else 0.0
     k_sums += (tile * 2 + slot) * rows * rank + direction
     d_slot = tl.arange(0, THREE)[:, None] // SLOT
     d_direction = tl.arange(0, THREE)[:, None] % SLOT
@@ -187,7 +241,17 @@ def _low_rank_kernel(  # type: ignore[no-untyped-def]
         up_at = row[:, None] * up_row + column[None, :]
         z_gate = _load(gate, gate_at, live)
         z_up = _load(up, up_at, live)
-        act, dx, du = _gradients(_load(g, g_at, live), z_gate, z_up, c_gate, c_up, ACTIVATION, FACTORS)
+        grad = _load(g, g_at, live)
+        there = (thin < rank) & (row < rows)[None, :]
+        if ADDS:
+            part = tl.trans(_thin(h_gate, row, h_gate_row, thin, there))
+            z_gate += scale_gate * tl.dot(part, gate_B, input_precision=PRECISION)
+            part = tl.trans(_thin(h_up, row, h_up_row, thin, there))
+            z_up += scale_up * tl.dot(part, up_B, input_precision=PRECISION)
+        if DOWN:
+            part = tl.trans(_thin(k_down, row, k_down_row, thin, there))
+            grad += tl.dot(part, down_A, input_precision=PRECISION)
+        act, dx, du = _gradients(grad, z_gate, z_up, c_gate, c_up, ACTIVATION, FACTORS)
         if FACTORS:
             dc_gate += tl.sum(tl.reshape(dx * z_gate, (ROWS // SUMS, SUMS, COLUMNS)), 0)
             dc_up += tl.sum(tl.reshape(du * z_up, (ROWS // SUMS, SUMS, COLUMNS)), 0)
@@ -200,14 +264,13 @@ def _low_rank_kernel(  # type: ignore[no-untyped-def]
         tl.store(up + up_at, du, mask=live)
 
         token = row[None, :]
-        h_at = h + token * h_row + d_slot * rank + d_direction
         present = (token < rows) & (d_direction < rank)
-        h_gate = tl.load(h_at, mask=present & (d_slot == 0), other=0.0)
-        d = tl.dot(h_gate, dx, d, input_precision=PRECISION)
-        h_up = tl.load(h_at, mask=present & (d_slot == 1), other=0.0)
-        d = tl.dot(h_up, du, d, input_precision=PRECISION)
-        k_down = tl.load(h_at, mask=present & (d_slot == 2), other=0.0)
-        d = tl.dot(k_down, act, d, input_precision=PRECISION)
+        side = _thin(h_gate, row, h_gate_row, d_direction, present & (d_slot == 0))
+        d = tl.dot(side, dx, d, input_precision=PRECISION)
+        side = _thin(h_up, row, h_up_row, d_direction, present & (d_slot == 1))
+        d = tl.dot(side, du, d, input_precision=PRECISION)
+        side = _thin(k_down, row, k_down_row, d_direction, present & (d_slot == 2))
+        d = tl.dot(side, act, d, input_precision=PRECISION)
         k_gate = tl.dot(B, tl.trans(dx), input_precision=PRECISION)
         k_up = tl.dot(B, tl.trans(du), input_precision=PRECISION)
         k = tl.where(slot == 0, scale_gate * k_gate, scale_up * k_up)
@@ -231,16 +294,44 @@ def gated(
     activation: Activation,
     out: Tensor,
     factors: Factors | None = None,
-    tile: tuple[int, int, int] = TILE,
+    low_rank: LowRank | None = None,
+    tile: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """`gated.gated_torch` in one launch; tensors as checked there, `tile` as `TILE`."""
-    (rows, columns), (height, width, warps) = gate.shape, tile
+    """`gated.gated_torch` in one launch; tensors as checked there, `tile` as `TILE`, with `low_rank` `ADDING_TILE`."""
     if not gate.numel():
         return out
+    if low_rank is not None:
+        return _gated_adding(gate, up, low_rank, activation=activation, out=out, factors=factors, tile=tile)
+    (rows, columns), (height, width, warps) = gate.shape, tile or TILE
     with torch.cuda.device_of(gate):
         _forward_kernel[(triton.cdiv(rows, height) * triton.cdiv(columns, width),)](
             gate, up, out, *_contiguous(factors, gate), rows, columns, gate.stride(0), up.stride(0), out.stride(0),
             ACTIVATION=activation, FACTORS=factors is not None, ROWS=height, COLUMNS=width, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+def _gated_adding(
+    gate: Tensor,
+    up: Tensor,
+    low_rank: LowRank,
+    *,
+    activation: Activation,
+    out: Tensor,
+    factors: Factors | None,
+    tile: tuple[int, ...] | None,
+) -> Tensor:
+    rows, columns = gate.shape
+    narrow = gate.dtype == torch.float32
+    height, width, warps, stages = tile or (ADDING_TILE_32 if narrow else ADDING_TILE)
+    h_gate, B_gate, h_up, B_up = (_rows(t, gate.dtype) for t in low_rank)
+    ranks, strip = (B_gate.shape[1], B_up.shape[1]), max(height, ADDING_ROWS)
+    with torch.cuda.device_of(gate):
+        _adding_kernel[(triton.cdiv(rows, strip) * triton.cdiv(columns, width),)](
+            gate, up, out, *_contiguous(factors, gate), h_gate, B_gate, h_up, B_up, rows, columns, *ranks,
+            *(t.stride(0) for t in (gate, up, out, h_gate, B_gate, h_up, B_up)),
+            ACTIVATION=activation, FACTORS=factors is not None, PRECISION="ieee" if narrow else "tf32", STRIP=strip,
+            ROWS=height, COLUMNS=width, SLOT=_slot(max(ranks)), STAGES=stages, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -288,6 +379,8 @@ def gated_backward_low_rank(
     activation: Activation,
     factors: Factors | None = None,
     write_act: bool = False,
+    adds: bool = False,
+    A_down: Tensor | None = None,
     tile: tuple[int, ...] | None = None,
     strips: int | None = None,
 ) -> tuple[Tensor, ...]:
@@ -297,7 +390,7 @@ def gated_backward_low_rank(
     number of parts that the tokens are cut into, None fills the device's processors evenly.
     """
     (rows, columns), rank = g.shape, B_gate.shape[1]
-    slot = max(16, triton.next_power_of_2(rank))
+    slot = _slot(rank)
     if tile is None:
         tile = (LOW_RANK_TILES_32 if g.dtype == torch.float32 else LOW_RANK_TILES)[slot]
     height, width, warps, stages, *registers = tile
@@ -310,15 +403,15 @@ def gated_backward_low_rank(
     k_sums = g.new_empty(tiles, 2, rows, rank, dtype=torch.float32)
     d_sums = g.new_empty(strips, 3 * columns * rank, dtype=torch.float32)
     c_sums = g.new_empty(0 if factors is None else strips, 2, columns, dtype=torch.float32)
-    B = torch.cat([B_gate.to(g.dtype), B_up.to(g.dtype)], 1)
-    h = torch.cat([h_gate.to(g.dtype), h_up.to(g.dtype), k_down.to(g.dtype)], 1)
+    thin = [_rows(t, g.dtype) for t in (B_gate, B_up, h_gate, h_up, k_down, k_down if A_down is None else A_down)]
     if g.numel():
         with torch.cuda.device_of(g):
             _low_rank_kernel[(strips * tiles,)](
-                g, gate, up, *_contiguous(factors, g), B, h, k_sums, d_sums, c_sums,
-                rows, columns, strip, rank, g.stride(0), gate.stride(0), up.stride(0), B.stride(0), h.stride(0),
+                g, gate, up, *_contiguous(factors, g), *thin, k_sums, d_sums, c_sums,
+                rows, columns, strip, rank, *(t.stride(0) for t in (g, gate, up, *thin)),
                 float(scale_gate), float(scale_up),
-                ACTIVATION=activation, FACTORS=factors is not None, WRITE_ACT=write_act,
+                ACTIVATION=activation, FACTORS=factors is not None, WRITE_ACT=write_act, ADDS=adds,
+                DOWN=A_down is not None,
                 PRECISION="ieee" if g.dtype == torch.float32 else "tf32",
                 ROWS=height, COLUMNS=width, SLOT=slot, TWO=max(LEAST, 2 * slot), THREE=max(LEAST, 4 * slot),
                 STAGES=stages, SUMS=max(1, min(height, warps * 32 * 16 // g.itemsize // width)), num_warps=warps,
@@ -348,3 +441,13 @@ def _processors(device: torch.device) -> int:
 
 def _contiguous(factors: Factors | None, unused: Tensor) -> Factors:
     return (unused, unused) if factors is None else (factors[0].contiguous(), factors[1].contiguous())
+
+
+def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A thin tensor with its rows' values side by side; a range of a wider one's columns stays where it is."""
+    t = t.to(dtype)
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _slot(rank: int) -> int:
+    return max(16, int(triton.next_power_of_2(rank)))

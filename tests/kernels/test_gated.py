@@ -86,17 +86,25 @@ class Case:
         self.factors = (c[0], c[1].to(dtype)) if factors else None
         self.activation, self.rank = activation, rank
         if rank is not None:
-            self.low_rank = {name: numbers(columns, rank, dtype=dtype) for name in ("B_gate", "B_up")}
+            self.low_rank = {name: numbers(columns, 2, rank)[:, 1] for name in ("B_gate", "B_up")}
             self.low_rank |= {name: numbers(rows, 3, rank)[:, 1] for name in ("h_gate", "h_up", "k_down")}
+            self.A_down = numbers(rank, columns + 3)[:, 3:]
         self.truth()
 
-    def truth(self):
-        leaves = [t.double().clone().requires_grad_() for t in (self.gate, self.up)]
+    def truth(self, *, scales=(0.0, 0.0), down=False):
+        """With gate and up lacking their low-rank parts, and g down's."""
+        g, *leaves = [t.double().clone() for t in (self.g, self.gate, self.up)]
+        if self.rank is not None:
+            B_gate, B_up, h_gate, h_up, k_down = (t.double() for t in self.low_rank.values())
+            leaves[0] += scales[0] * h_gate @ B_gate.t()
+            leaves[1] += scales[1] * h_up @ B_up.t()
+            g += down * k_down @ self.A_down.double()
+        leaves = [t.requires_grad_() for t in leaves]
         c = [t.double().clone().requires_grad_() for t in self.factors or ()]
         x, u = [z * f for z, f in zip(leaves, c, strict=True)] if c else leaves
         own = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[self.activation]
         act = own(x) * u
-        self.wanted = [act.detach(), *torch.autograd.grad(act, leaves + c, self.g.double().clone())]
+        self.wanted = [act.detach(), *torch.autograd.grad(act, leaves + c, g)]
 
     def unframed(self):
         """Nothing outside the tensors was written."""
@@ -143,13 +151,32 @@ def check_both(case, forward, backward):
     assert case.unframed()
 
 
-def check_low_rank(case, function, *, write_act, **options):
+def check_adding(case, function, *, slack=1, **options):
+    case.truth(scales=(1.0, 1.0))
+    before = case.gate.clone(), case.up.clone()
+    B_gate, B_up, h_gate, h_up, _ = case.low_rank.values()
+    out = torch.full_like(case.frames[0], 7.0)
+    options |= {"activation": case.activation, "factors": case.factors, "low_rank": (h_gate, B_gate, h_up, B_up)}
+    assert_near(
+        function(case.gate, case.up, out=out[1:-1, 3:-2], **options), case.wanted[0], slack * TOLERANCE[out.dtype]
+    )
+    out[1:-1, 3:-2] = 7.0
+    assert (out == 7.0).all() and torch.equal(case.gate, before[0]) and torch.equal(case.up, before[1])
+    function(case.gate, case.up, out=case.gate, **options)
+    assert_near(case.gate, case.wanted[0], slack * TOLERANCE[out.dtype])
+    assert case.unframed()
+
+
+def check_low_rank(case, function, *, write_act, adds=False, down=False, slack=1, **options):
+    if adds or down:
+        case.truth(scales=(0.5, 1.5) if adds else (0.0, 0.0), down=down)
+        options |= {"adds": adds, "A_down": case.A_down if down else None}
     g = case.g.clone()
     made = function(
         case.g, case.gate, case.up, **case.low_rank, scale_gate=0.5, scale_up=1.5, activation=case.activation,
         factors=case.factors, write_act=write_act, **options,
     )  # fmt: skip
-    tolerance = TOLERANCE[case.g.dtype]
+    tolerance = slack * TOLERANCE[case.g.dtype]
     for got, want in zip((case.gate, case.up), case.wanted[1:3], strict=True):
         assert_near(got, want, tolerance)
     act = case.wanted[0].to(case.g.dtype)
@@ -161,13 +188,13 @@ def check_low_rank(case, function, *, write_act, **options):
     wide = torch.promote_types(case.g.dtype, torch.float32)
     wanted = case.low_rank_truth(act, case.gate, case.up)
     # act as rounded here and there differs in a last place now and then.
-    slack = [TOLERANCE[case.g.dtype]] * 2 + [4 * TOLERANCE[wide]] * 2 + [4 * TOLERANCE[wide if write_act else g.dtype]]
-    for got, want, near, dtype in zip(made, wanted, slack, [g.dtype] * 2 + [wide] * 3, strict=False):
+    nears = [TOLERANCE[case.g.dtype]] * 2 + [4 * TOLERANCE[wide]] * 2 + [4 * TOLERANCE[wide if write_act else g.dtype]]
+    for got, want, near, dtype in zip(made, wanted, nears, [g.dtype] * 2 + [wide] * 3, strict=False):
         assert got.dtype == dtype and got.is_contiguous()
         assert_near(got, want, near)
     assert len(made) == (5 if case.factors is None else 7)
     for got, want in zip(made[5:], case.wanted[3:], strict=True):
-        assert_near(got, want, 4 * TOLERANCE[wide])
+        assert_near(got, want, 4 * TOLERANCE[wide if slack == 1 else case.g.dtype])
     assert case.unframed()
 
 
@@ -195,14 +222,30 @@ def test_storage_may_be_an_inputs(activation):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("factors", [False, True])
 @pytest.mark.parametrize("rank", [1, 8, 70])
-def test_low_rank_sums_in_torch(dtype, factors, rank):
+@pytest.mark.parametrize(("adds", "down"), [(False, False), (True, False), (False, True), (True, True)])
+def test_low_rank_sums_in_torch(monkeypatch, dtype, factors, rank, adds, down):
+    monkeypatch.setattr(module, "_ELEMENTS", 100)
     case = Case(13, 37, dtype, activation="silu", factors=factors, rank=rank)
-    check_low_rank(case, gated_backward_low_rank, write_act=True)
+    check_low_rank(case, gated_backward_low_rank, write_act=True, adds=adds, down=down)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize("rank", [1, 8, 70])
+def test_low_rank_part_is_added_in_torch(monkeypatch, dtype, factors, rank):
+    monkeypatch.setattr(module, "_ELEMENTS", 100)
+    case = Case(13, 37, dtype, activation="silu", factors=factors, rank=rank)
+    different_ranks(case, max(1, rank - 3))
+    check_adding(case, gated)
+
+
+def different_ranks(case, rank):
+    case.low_rank["B_up"], case.low_rank["h_up"] = case.low_rank["B_up"][:, :rank], case.low_rank["h_up"][:, :rank]
 
 
 def test_ranks_may_differ():
     case = Case(13, 37, torch.float64, activation="silu", factors=False, rank=4)
-    case.low_rank["B_up"], case.low_rank["h_up"] = case.low_rank["B_up"][:, :3], case.low_rank["h_up"][:, :3]
+    different_ranks(case, 3)
     made = gated_backward_low_rank(
         case.g, case.gate, case.up, **case.low_rank, scale_gate=0.5, scale_up=1.5, activation="silu"
     )
@@ -245,6 +288,13 @@ def test_wrong_low_rank_input_is_one_clear_line():
         case.low_rank[name] = torch.zeros(shape)
         with pytest.raises(InputError, match=message):
             check_low_rank(case, gated_backward_low_rank, write_act=True)
+    case = Case(13, 37, torch.float32, activation="silu", factors=False, rank=4)
+    wrong = {"A_down": torch.zeros(37, 4), "scale_gate": 1.0, "scale_up": 1.0, "activation": "silu"}
+    with pytest.raises(InputError, match="A_down is \\(37, 4\\): expected \\(4, 37\\)"):
+        gated_backward_low_rank(case.g, case.gate, case.up, **case.low_rank, **wrong)
+    h, B = case.low_rank["h_gate"], case.low_rank["B_gate"]
+    with pytest.raises(InputError, match="h_up \\(12, 4\\)"):
+        gated(case.gate, case.up, activation="silu", low_rank=(h, B, h[1:], B))
 
 
 @kernels
@@ -282,12 +332,67 @@ def test_kernel_of_the_low_rank_sums(dtype, factors, write_act, shape, rank, str
 @kernels
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("factors", [False, True])
-def test_kernel_of_the_low_rank_sums_in_its_own_tiles(dtype, factors):
+@pytest.mark.parametrize(("shape", "rank", "adds", "down"), [((1, 1), 1, True, True), ((53, 37), 8, True, False),
+    ((53, 37), 16, False, True), ((40, 70), 20, True, True), ((33, 33), 64, True, True)])  # fmt: skip
+def test_kernel_of_the_low_rank_sums_adds_first(dtype, factors, shape, rank, adds, down):
+    from deltaw.kernels import gated_triton
+
+    case = Case(*shape, dtype, activation="silu", factors=factors, device=DEVICE, rank=rank)
+    options = {"write_act": True, "tile": (16, 32, 4, 2), "strips": 2}
+    check_low_rank(case, gated_triton.gated_backward_low_rank, adds=adds, down=down, **options)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize("adding", [False, True])
+def test_kernel_of_the_low_rank_sums_in_its_own_tiles(dtype, factors, adding):
     """More than one tile and strip of tokens and columns, and a rest of each."""
     from deltaw.kernels import gated_triton
 
     case = Case(150, 150, dtype, activation="silu", factors=factors, device=DEVICE, rank=16)
-    check_low_rank(case, gated_triton.gated_backward_low_rank, write_act=True, strips=3)
+    options = {"write_act": True, "strips": 3, "adds": adding, "down": adding}
+    check_low_rank(case, gated_triton.gated_backward_low_rank, **options)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize(("shape", "rank", "tile"), [((1, 1), 1, (16, 32, 4, 2)), ((69, 37), 8, (16, 32, 4, 1)),
+    ((40, 33), 64, (16, 32, 4, 2)), ((300, 150), 16, None)])  # fmt: skip
+def test_kernel_adds_the_low_rank_part(dtype, factors, shape, rank, tile):
+    from deltaw.kernels import gated_triton
+
+    case = Case(*shape, dtype, activation="silu", factors=factors, device=DEVICE, rank=rank)
+    different_ranks(case, max(1, rank - 3))
+    check_adding(case, gated_triton.gated, tile=tile)
+
+
+@kernels
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize("rank", [16, 70])
+def test_kernel_by_the_public_functions(monkeypatch, factors, rank):
+    """A rank that the kernels take, and one whose part is added before."""
+    from deltaw.kernels import gated_triton
+
+    monkeypatch.setattr(module, "triton_form", lambda *_: gated_triton)
+    slack = 1 if rank == 16 else 3
+    for check, options in ((check_adding, {}), (check_low_rank, {"write_act": True, "adds": True, "down": True})):
+        case = Case(33, 40, torch.float16, activation="silu", factors=factors, device=DEVICE, rank=rank)
+        check(case, gated if check is check_adding else gated_backward_low_rank, slack=slack, **options)
+
+
+@kernels
+def test_kernel_takes_low_rank_tensors_as_they_lie():
+    from deltaw.kernels import gated_triton
+
+    case = Case(20, 33, torch.float16, activation="gelu", factors=False, device=DEVICE, rank=4)
+    for name in ("B_gate", "h_up", "k_down"):
+        case.low_rank[name] = case.low_rank[name].t().contiguous().t()
+    case.A_down = case.A_down.t().contiguous().t()
+    check_adding(case, gated_triton.gated)
+    case.gate.fill_(0.5), case.up.fill_(1.5), case.g.fill_(2.5)
+    check_low_rank(case, gated_triton.gated_backward_low_rank, write_act=True, adds=True, down=True)
 
 
 @kernels
@@ -317,8 +422,15 @@ def test_on_a_gpu_by_the_public_functions(dtype, factors, activation):
     shape = (2050, 3000)
     check_both(Case(*shape, dtype, activation=activation, factors=factors, device="cuda"), gated, gated_backward)
     for rank in (8, 16, 32, 64, 80):
+        # What the kernels do not add is rounded once more.
+        slack = 1 if rank <= module.LARGEST_RANK[dtype.itemsize] else 3
+        for adding in (False, True):
+            case = Case(*shape, dtype, activation=activation, factors=factors, device="cuda", rank=rank)
+            check_low_rank(
+                case, gated_backward_low_rank, write_act=True, adds=adding, down=adding, slack=slack if adding else 1
+            )
         case = Case(*shape, dtype, activation=activation, factors=factors, device="cuda", rank=rank)
-        check_low_rank(case, gated_backward_low_rank, write_act=True)
+        check_adding(case, gated, slack=slack)
     made = []
     for _ in range(2):
         case = Case(*shape, dtype, activation=activation, factors=factors, device="cuda", rank=16)
