@@ -86,8 +86,9 @@ class Case:
         self.factors = (c[0], c[1].to(dtype)) if factors else None
         self.activation, self.rank = activation, rank
         if rank is not None:
-            self.low_rank = {name: numbers(columns, 2, rank)[:, 1] for name in ("B_gate", "B_up")}
-            self.low_rank |= {name: numbers(rows, 3, rank)[:, 1] for name in ("h_gate", "h_up", "k_down")}
+            # Columns of wider tensors, each with a row stride of its own.
+            lengths = {"B_gate": columns, "B_up": columns, "h_gate": rows, "h_up": rows, "k_down": rows}
+            self.low_rank = {name: numbers(n, i, rank)[:, 1] for i, (name, n) in enumerate(lengths.items(), start=2)}
             self.A_down = numbers(rank, columns + 3)[:, 3:]
         self.truth()
 
