@@ -235,20 +235,40 @@ class _State:
         """The real gate and up side by side, or their z where the gated kernels take those and c."""
         if GATE_UP not in self.h:
             self.h[GATE_UP] = self.gate_up.project(n2)
-        z = self.gate_up.outputs(n2, self.h[GATE_UP], spare=self.gate_up.spare)
+        z = self.gate_up.outputs(n2, self.h[GATE_UP], spare=self.gate_up.spare, lean=self._lean)
         return z if self._factors() is not None else self.gate_up.finish(z)
 
     def _act(self, z: Tensor) -> Tensor:
         """The gated activation (M, inner + down's spare)."""
         out = _wide(z, self.down.columns, self.down.spare)
-        gated(
-            *self._halves(z), activation=self.call.activation, factors=self._factors(), out=out[:, : self.down.columns]
-        )
+        act, factors, low_rank = out[:, : self.down.columns], self._factors(), None
+        if self._lean:
+            (h_gate, B_gate), (h_up, B_up) = self._thin_halves()
+            low_rank = h_gate, B_gate, h_up, B_up
+        gated(*self._halves(z), activation=self.call.activation, factors=factors, low_rank=low_rank, out=act)
         return out
 
     def _halves(self, z: Tensor) -> tuple[Tensor, Tensor]:
         inner = self.down.columns
         return z[:, :inner], z[:, inner:]
+
+    @property
+    def _lean(self) -> bool:
+        """Whether z comes without its low-rank part, which the gated kernels then add."""
+        adapted = all(linear.low is not None for linear in (*self.gate_up.linears, *self.down.linears))
+        return self.gate_up.fp8 and adapted and (self.gate_up.c is None or self._factors() is not None)
+
+    def _thin_halves(self) -> list[tuple[Tensor, Tensor]]:
+        """H (M, r) and scale B (inner, r) of gate and of up, which both have to be there."""
+        found, column = [], 0
+        for linear, h, row in zip(
+            self.gate_up.linears, self.gate_up.parts(self.h[GATE_UP]), (0, self.down.columns), strict=True
+        ):
+            assert h is not None
+            columns = slice(column, column + linear.rank)
+            found.append((h, self.gate_up.thin.B[row : row + self.down.columns, columns]))
+            column += linear.rank
+        return found
 
     def _factors(self) -> tuple[Tensor, Tensor] | None:
         """C of gate and up; the gated kernels know no bias."""
@@ -297,14 +317,11 @@ class _State:
             z = self._gate_up(n2)
         zd = self.kept.pop("zd", None)
         if zd is None and self.down.c is not None:
-            act = _wide(z, self.down.columns, self.down.spare)
-            gated(
-                *self._halves(z), activation=call.activation, factors=self._factors(), out=act[:, : self.down.columns]
-            )
-            zd = self.down.outputs(act, self.h[DOWN])
-            del act
+            zd = self.down.outputs(self._act(z), self.h[DOWN])
         gz, dc = self._scaled(self.down, g, zd)
-        dact, pairs = self.down.backward(gz, None, self.h[DOWN])
+        # Kernels that read dact and z for the low-rank gradients can add what 8-bit products leave out.
+        lean = self._lean and self.down.fp8
+        dact, pairs = self.down.backward(gz, None, self.h[DOWN], lean=lean)
         del gz, zd
         assert dact is not None
         dA_down, known, dcs = self._gated_backward(dact, z)
@@ -326,16 +343,15 @@ class _State:
         call, factors = self.call, self._factors()
         gate, up = self._halves(z)
         low_gate, low_up = (linear.low for linear in self.gate_up.linears)
-        h_gate, h_up = self.gate_up.parts(self.h[GATE_UP])
         plain = factors is not None or self.gate_up.c is None
         if plain and self.down.k is not None and low_gate is not None and low_up is not None:
-            assert h_gate is not None and h_up is not None
-            inner, rank = self.down.columns, self.gate_up.linears[0].rank
-            B = self.gate_up.thin.B
-            k_down = self.down.k[:, : self.down.linears[0].rank]
+            (h_gate, B_gate), (h_up, B_up) = self._thin_halves()
+            rank = self.down.linears[0].rank
+            A_down = self.down.thin.A[:rank] if self._lean and self.down.fp8 else None
             k_gate, k_up, dB_gate, dB_up, dA_down, *sums = gated_backward_low_rank(
-                dact, gate, up, B_gate=B[:inner, :rank], B_up=B[inner:, rank : rank + h_up.shape[1]], h_gate=h_gate,
-                h_up=h_up, k_down=k_down, scale_gate=1.0, scale_up=1.0, activation=call.activation, factors=factors,
+                dact, gate, up, B_gate=B_gate, B_up=B_up, h_gate=h_gate, h_up=h_up, k_down=self.down.k[:, :rank],
+                scale_gate=1.0, scale_up=1.0, activation=call.activation, factors=factors, adds=self._lean,
+                A_down=A_down,
             )  # fmt: skip
             dBs = [dB_gate.mul_(low_gate.scale), dB_up.mul_(low_up.scale)]
             return dA_down, ([k_gate, k_up], dBs), [*sums] if sums else [None, None]

@@ -17,8 +17,8 @@ from deltaw.kernels.linear_cross_entropy import CHUNK_BYTES_CUDA
 
 #: Of a budget, what allocators lose to gaps.
 SLACK = 0.02
-#: What the loss takes: a chunk of logits, and one more for its product with the head.
-HEAD_BYTES = 2 * CHUNK_BYTES_CUDA
+#: What the loss takes: a chunk of logits, which becomes its gradient in place, and hidden states.
+HEAD_BYTES = CHUNK_BYTES_CUDA * 5 // 4
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deltaw.core.protocols import BaseWeight, LowRank
 from deltaw.kernels.fp8 import matmul_fp8, quantize_nf4, quantize_rows, quantize_rows_and_columns
-from deltaw.kernels.low_rank import outer_sum, project, project_and_sum
+from deltaw.kernels.low_rank import add_product, outer_sum, project, project_and_sum
 from deltaw.kernels.scaled import scale_and_sum
 from deltaw.methods.host import AdaptedSite
 from deltaw.models.sites import SiteWeight
@@ -122,8 +122,8 @@ def hooked(module: nn.Module) -> bool:
 #: W by rows and by columns in 8 bits with their scales, as `quantize_rows_and_columns` gives them.
 Narrow = tuple[Tensor, Tensor, Tensor, Tensor]
 
-#: Columns of low-rank factors are padded to multiples of this: rows then begin at multiples of 16 bytes.
-ALIGNED = 8
+#: Columns of low-rank factors are padded to multiples of this: kernels then know that rows begin at whole vectors.
+ALIGNED = 16
 
 
 @dataclass
@@ -330,7 +330,9 @@ class Group:
         """H of all linears, side by side: (M, P)."""
         return project(x[:, : self.columns], self.thin.A) if self.P else None
 
-    def outputs(self, x: Tensor, h: Tensor | None, *, onto: Tensor | None = None, spare: int = 0) -> Tensor:
+    def outputs(
+        self, x: Tensor, h: Tensor | None, *, onto: Tensor | None = None, spare: int = 0, lean: bool = False
+    ) -> Tensor:
         """The linears' z (M, rows), side by side, with their bias where there is no c.
 
         Args:
@@ -338,35 +340,31 @@ class Group:
             h: as `project` gave it.
             onto: (M, rows), added in the same pass; not written to.
             spare: columns of memory behind the result.
+            lean: of products in 8 bits, whether the low-rank part is left to whoever reads z.
         """
+        B = None if h is None or lean else self.thin.B
+        # A product that adds to what is there is slower by more than a pass that adds, and copies `onto` first.
         if self.fp8:
-            z = self._fp8_outputs(x, h)
-            z = z if onto is None else z.add_(onto)
+            W, scale, _, _ = self._narrow()
+            z = matmul_fp8(*quantize_rows(x), W, scale, out_dtype=x.dtype, fast_accumulation=True)
         elif h is not None and x.shape[1] == self.columns + self.P:
-            W = self._weight(B=True)
-            assert W is not None
+            whole, B = self._weight(B=True), None
+            assert whole is not None
             x[:, self.columns :].copy_(h)
-            z = self._empty(x, spare)
-            torch.mm(x, W.t(), out=z) if onto is None else torch.addmm(onto, x, W.t(), out=z)
+            z = torch.mm(x, whole.t(), out=self._empty(x, spare))
+        elif h is not None and B is not None and onto is None:
+            z = torch.mm(h, B.t(), out=self._empty(x, spare))
+            z, B = self._times(x[:, : self.columns], z, transposed=True, add=True), None
         else:
-            z, begun = self._empty(x, spare), True
-            if h is not None:
-                torch.mm(h, self.thin.B.t(), out=z) if onto is None else torch.addmm(onto, h, self.thin.B.t(), out=z)
-            elif onto is not None:
-                z.copy_(onto)
-            else:
-                begun = False
-            self._times(x[:, : self.columns], z, transposed=True, add=begun)
+            z = self._times(x[:, : self.columns], self._empty(x, spare), transposed=True, add=False)
+        if B is not None and h is not None:
+            z = z.addmm_(h, B.t()) if onto is None else add_product(onto, h, B, z=z, out=z)
+        elif onto is not None:
+            z.add_(onto)
         return z if self.bias is None or self.c is not None else z.add_(self.bias.to(z.dtype))
 
     def _empty(self, x: Tensor, spare: int) -> Tensor:
         return x.new_empty(len(x), self.rows + spare)[:, : self.rows]
-
-    def _fp8_outputs(self, x: Tensor, h: Tensor | None) -> Tensor:
-        """The 8-bit product cannot add to what is there."""
-        W, scale, _, _ = self._narrow()
-        z = matmul_fp8(*quantize_rows(x), W, scale, out_dtype=x.dtype)
-        return z if h is None else z.addmm_(h, self.thin.B.t())
 
     def _narrow(self) -> Narrow:
         held = self.store.narrow
@@ -421,6 +419,7 @@ class Group:
         *,
         need_x: bool = True,
         known: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+        lean: bool = False,
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
         """Gradients of dL/dz.
 
@@ -430,6 +429,7 @@ class Group:
             h: as `project` gave it.
             need_x: whether dx is wanted.
             known: k and dB by linear, where they have been made already.
+            lean: of products in 8 bits, whether k A is left to whoever reads dx.
 
         Returns:
             dx (M, in), and (dA, dB) by linear, float32 or wider.
@@ -445,7 +445,7 @@ class Group:
         if need_x and self.fp8:
             _, _, W, scale = self._narrow()
             dx = matmul_fp8(*quantize_rows(g), W, scale, out_dtype=g.dtype)
-            if self.k is not None:
+            if self.k is not None and not lean:
                 dx.addmm_(self.k, self.thin.A)
         elif need_x and wide:
             weight = self._weight(A=True)

