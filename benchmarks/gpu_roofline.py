@@ -73,8 +73,7 @@ SHAPES = {
     "tiny": Shape("llama", 512, 64, 128, 2, 4, 2, head_dim=16),
 }
 
-#: What a layer keeps for the backward pass (`deltaw.fuse.block.KEEPS`, but for the first, which is there to compare
-#: with); what it does not keep is computed again.
+#: What a layer keeps for the backward pass (`deltaw.fuse.block.KEEPS`); what it does not keep is computed again.
 KEEPS = {
     "values": "everything that the backward pass reads",
     "all": "all but norms",
@@ -101,8 +100,9 @@ class Part:
 def step_parts(shape: Shape, batch: int, length: int, *, keep: str, base: str) -> list[Part]:
     """FLOPs and bytes of one optimizer step of LoRA, each tensor read or written once by each kernel that needs it.
 
-    A product of the low-rank part is added into its GEMM's output in place. Attention counts the causal half, seven
-    products of forward and backward pass together. The layer's last projection is never computed again.
+    Low-rank products with B forward and with A back are part of the frozen GEMMs, those of the MLP's gradients part of
+    SwiGLU's pass. Attention counts the causal half, seven products of forward and backward pass together. The layer's
+    last projection is never computed again.
     """
     tokens, layers, weights = batch * length, shape.layers, shape.layer_parameters
     again = {"values": [], "all": [], "attention": shape.groups[2:3], "input": shape.groups[:3]}[keep]
@@ -111,11 +111,6 @@ def step_parts(shape: Shape, batch: int, length: int, *, keep: str, base: str) -
     def gemms(groups: list[tuple[int, int, int]]) -> tuple[float, float]:
         moved = sum(i * o + tokens * (i + o) for i, o, _ in groups)
         return 2 * tokens * layers * sum(i * o for i, o, _ in groups), WIDE * layers * moved
-
-    def low_rank(groups: list[tuple[int, int, int]]) -> tuple[float, float]:
-        # Forward: x A^T reads x, and h B^T reads and writes the output.
-        flops = 2 * tokens * RANK * sum(i * n + o for i, o, n in groups)
-        return layers * flops, WIDE * layers * tokens * sum(i + 2 * o for i, o, _ in groups)
 
     forward, moved = gemms(shape.groups)
     parts = [Part("frozen GEMMs, forward", forward, moved), Part("frozen GEMMs, input gradient", forward, moved)]
@@ -133,11 +128,11 @@ def step_parts(shape: Shape, batch: int, length: int, *, keep: str, base: str) -
             layers * attended * (4 if keep == "input" else 3),
         )
     )
-    flops, moved = low_rank(shape.groups)
-    repeated = low_rank(again)
-    # Backward: g once for k and dB, x once for dA, and dx read and written.
-    back = WIDE * layers * tokens * sum(o + 3 * i for i, o, _ in shape.groups)
-    parts.append(Part("low-rank", 3 * flops + repeated[0], moved + back + repeated[1]))
+    flops = 2 * tokens * layers * RANK * sum(i * n + o for i, o, n in shape.groups)
+    qkv, out, gate_up, down = shape.groups
+    # x once for h; back, g once for k and dB, and x once for dA, but for what SwiGLU's pass has at hand.
+    columns = sum(i for i, _, _ in shape.groups) + sum(i + o for i, o, _ in (qkv, out)) + gate_up[0] + down[1]
+    parts.append(Part("low-rank", 3 * flops, WIDE * layers * tokens * columns))
     # Forward: norm (2), sum and norm (4), sum (3). Backward: twice (gradient, input, residual's gradient, result).
     # Again: both norms, and with `input` the sum before the second.
     norms = 17 + {"values": 0, "all": 4, "attention": 4, "input": 6}[keep]

@@ -173,11 +173,31 @@ def _fits(config: Any, given: dict[str, Any]) -> bool:
     return all(name in _PASSED_ON or name in _FOR_THE_LOSS for name, value in given.items() if value is not None)
 
 
+class _Positions:
+    """Where a mask (n,) is true, counted on a GPU while the host goes on: behind the base model it would drain it."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        if mask.is_cuda:
+            self.count = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self.count.copy_(mask.sum(), non_blocking=True)
+            self.counted = torch.cuda.Event()
+            self.counted.record(torch.cuda.current_stream(mask.device))
+
+    def index(self) -> Tensor:
+        """The positions (count,), in order."""
+        if not self.mask.is_cuda:
+            return self.mask.nonzero()[:, 0]
+        self.counted.synchronize()
+        return self.mask.logical_not().to(torch.uint8).argsort(stable=True)[: int(self.count)]
+
+
 def _fast(model: Any, state: _LossHead, given: dict[str, Any]) -> Any:
     labels = given["labels"]
     shifted = given.get("shift_labels")
     if shifted is None:
         shifted = F.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
+    positions = _Positions(shifted.reshape(-1) != _IGNORED)
     outputs = state.base(**{name: value for name, value in given.items() if name in _PASSED_ON and value is not None})
     hidden = outputs.last_hidden_state
     if shifted.shape != hidden.shape[:-1]:
@@ -186,7 +206,7 @@ def _fast(model: Any, state: _LossHead, given: dict[str, Any]) -> Any:
             "expected the same"
         )
     targets = shifted.reshape(-1).to(hidden.device, torch.int64)
-    index = (targets != _IGNORED).nonzero()[:, 0]
+    index = positions.index().to(hidden.device)
     loss = _loss_sum(model.get_output_embeddings(), state, hidden.flatten(0, -2)[index], targets[index])
     if len(index):
         items = given.get("num_items_in_batch")
@@ -200,8 +220,9 @@ def _loss_sum(head: nn.Module, state: _LossHead, rows: Tensor, targets: Tensor) 
     if _is_bare_linear(head):
         assert isinstance(head.weight, Tensor) and (head.bias is None or isinstance(head.bias, Tensor))
         return linear_cross_entropy(
-            rows, head.weight, targets, bias=head.bias, softcap=state.softcap, logit_scale=state.scale
-        )
+            rows, head.weight, targets, bias=head.bias, softcap=state.softcap, logit_scale=state.scale,
+            ignore_index=None,
+        )  # fmt: skip
     logits = head(rows).float() * state.scale
     if state.softcap is not None:
         logits = torch.tanh(logits / state.softcap) * state.softcap

@@ -57,16 +57,16 @@ def choose(layers: int, left_bytes: int, cost: Callable[[Keep], int]) -> list[Ke
         cost: bytes of a layer's kept tensors.
 
     Returns:
-        By layer, from the first. "host" for all where not even their inputs fit.
+        By layer, from the first. Where not even all inputs fit, they are in host memory, but for layers that keep more.
     """
-    left = left_bytes - layers * cost("input")
-    if left < 0:
-        return ["host"] * layers
-    chosen: list[Keep] = ["input"] * layers
+    fits = layers * cost("input") <= left_bytes
+    least: Keep = "input" if fits else "host"
+    left = left_bytes - layers * cost(least)
+    chosen: list[Keep] = [least] * layers
     for level in ("all", "attention"):
-        more = cost(level) - cost("input")
+        more = cost(level) - cost(least)
         for index in reversed(range(layers)):
-            if chosen[index] == "input" and more <= left:
+            if chosen[index] == least and more <= left:
                 chosen[index] = level
                 left -= more
     return chosen

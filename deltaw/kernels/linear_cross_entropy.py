@@ -142,7 +142,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     reduction: Literal["sum", "mean"] = "sum",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """Cross-entropy of softmax(softcap(logit_scale (hidden weight^T + bias))), holding a chunk of logits at a time.
 
@@ -163,7 +163,8 @@ def linear_cross_entropy(
         softcap: c of c tanh(logits / c), or None.
         logit_scale: multiplies the logits before the cap.
         reduction: "sum" over the targets, or "mean" over those that are not ignored.
-        ignore_index: the target that carries no loss; such tokens are left out before the product.
+        ignore_index: the target that carries no loss; such tokens are left out before the product, for which a GPU is
+            waited for. None: all targets carry loss.
 
     Returns:
         The loss, shape (), float32 (float64 for float64 inputs). With nothing but ignored targets it is 0 for both
@@ -178,14 +179,15 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     targets = targets.to(hidden.device, torch.int64)
-    index = (targets != ignore_index).nonzero()[:, 0]
-    if len(index) < len(targets):
-        hidden, targets = hidden[index], targets[index]
+    if ignore_index is not None:
+        index = (targets != ignore_index).nonzero()[:, 0]
+        if len(index) < len(targets):
+            hidden, targets = hidden[index], targets[index]
     count, vocab = len(targets), weight.shape[0]
     if count and targets.device.type == "cpu" and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         raise InputError(
             f"targets go from {int(targets.min())} to {int(targets.max())}: expected 0 to {vocab - 1}, the head's "
-            f"vocabulary, or {ignore_index} for no loss"
+            "vocabulary" + ("" if ignore_index is None else f", or {ignore_index} for no loss")
         )
     row_bytes = vocab * hidden.itemsize
     on_device = triton_form(hidden, "cross_entropy_triton") is not None
