@@ -27,6 +27,7 @@ What goes into a group of linears, or comes back to it, is written with room beh
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -39,7 +40,7 @@ from deltaw.core.errors import RunError
 from deltaw.fuse.host_memory import HostMemory
 from deltaw.fuse.linears import Fused, Group, Store
 from deltaw.kernels.gated import gated, gated_backward, gated_backward_low_rank
-from deltaw.kernels.norm import rms_norm, rms_norm_backward
+from deltaw.kernels.norm import rms_norm, rms_norm_backward, wide_dtype
 from deltaw.kernels.rotary import norm_rotate, norm_rotate_backward, rotate
 from deltaw.kernels.scaled import scale_and_sum, scaled_add
 
@@ -170,7 +171,9 @@ class _State:
         if attentions:
             self.kept["zd"] = zd
         if self.wanted and keep == "host" and call.host is not None:
-            self.kept["x0"] = call.host.put(x0)
+            self.kept["x0"] = held = call.host.put(x0)
+            # A pass that is never taken back leaves nothing behind.
+            weakref.finalize(self, call.host.drop, held).atexit = False
             self.x0 = None
         if not self.wanted:
             self.x0 = None
@@ -286,7 +289,8 @@ class _State:
         dx0 = self._attention_backward(dx1, need_x=need_x)
         if dx0 is None:
             return None
-        self.call.handed[:] = [dx0]
+        if self.call.index:
+            self.call.handed[:] = [dx0]
         return dx0[:, : self.shape[-1]].view(self.shape)
 
     def _received(self, grad: Tensor) -> Tensor:
@@ -296,7 +300,8 @@ class _State:
             same = wide.data_ptr() == grad.data_ptr() and wide.stride(0) == grad.stride(1) and grad.stride(2) == 1
             if same and len(wide) == self.shape[0] * self.shape[1] and wide.shape[1] == grad.shape[2] + self.down.spare:
                 return wide
-        return grad.reshape(-1, grad.shape[-1])
+        flat = grad.reshape(-1, grad.shape[-1])
+        return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else flat.contiguous()
 
     def _restore(self) -> None:
         """What was not kept, but for gate and up, which the MLP's own part makes."""
@@ -416,7 +421,10 @@ class _State:
             for t, to in zip((dq, dk), targets, strict=True):
                 rotate(t, call.cos, call.sin, inverse=True, out=to)
             if self.qkv.c is not None:
-                rotate(qk, call.cos, call.sin, inverse=True)
+                # The transpose is the inverse but for a scale that cos and sin may carry (YaRN's).
+                cos, sin = call.cos.to(wide_dtype(y.dtype)), call.sin.to(wide_dtype(y.dtype))
+                size = cos.square() + sin.square()
+                rotate(qk, cos / size, sin / size, inverse=True)
         else:
             for t, to in zip((dq, dk), targets, strict=True):
                 to.copy_(t)

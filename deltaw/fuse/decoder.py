@@ -90,7 +90,9 @@ class Fusion:
             plan = choose(self.layers, left, lambda keep: layer.bytes_of(keep, tokens))
             left -= sum(layer.bytes_of(keep, tokens) for keep in plan)
             holds = self.room.holds and layer.decodes
-            self.held_layers = min(self.held_layers, left // layer.held_bytes, self.layers) if holds else 0
+            most = min(self.held_layers, left // layer.held_bytes, self.layers) if holds else 0
+            # 8-bit weights stay of all layers or of none.
+            self.held_layers = max(0, most) if not self.fp8 or most == self.layers else 0
             self.store.hold(self.held_layers, self.layers, narrow=bool(self.fp8))
             left -= self.held_layers * layer.held_bytes
             plan = self.plans[tokens] = upgrade(plan, left, lambda keep: layer.bytes_of(keep, tokens))
@@ -180,7 +182,7 @@ def install_blocks(
         room: the memory there is; by default the card's.
         fp8: which products with frozen weights are made in 8-bit floats.
         joins: whether dense weights that read one input become parts of one matrix until `uninstall_blocks`; None: on
-            a GPU. False where they will be sharded.
+            a GPU. False where they will be sharded. Joined ones are views with longer rows: save a model afterwards.
         say: takes a line about what is kept, for each batch longer than those before.
 
     Returns:
@@ -242,11 +244,12 @@ def _join(layer: _Layer) -> None:
 def _part(layer: _Layer) -> None:
     """Undoes `_join`."""
     for names in GROUPS:
-        whole = layer.fusion.store.joined.pop((layer.index, names), None)
+        whole = layer.fusion.store.joined.get((layer.index, names))
         weights = [layer.module.get_submodule(_PROJECTIONS[name]).weight for name in names.split()]
         if whole is not None:
             storage = whole.untyped_storage().data_ptr()
             part(w for w in weights if packed_of(w) is None and w.untyped_storage().data_ptr() == storage)
+            del layer.fusion.store.joined[layer.index, names]
 
 
 def checkpoint_fused(model: nn.Module, on: bool) -> None:

@@ -60,12 +60,17 @@ class HostMemory:
             current = torch.cuda.current_stream(held.device)
             current.wait_event(held.done)
             result.record_stream(current)
-        held.back = None
-        self._held.remove(held)
+        self.drop(held)
         self._free.setdefault((held.host.shape, held.host.dtype, held.device), []).append(held.host)
         if self._held:
             self._fetch(self._held[-1])
         return result
+
+    def drop(self, held: Held) -> None:
+        """Forgets a tensor that nobody will take any more, if it is still here."""
+        held.back = None
+        if held in self._held:
+            self._held.remove(held)
 
     def _fetch(self, held: Held) -> None:
         if held.back is not None:

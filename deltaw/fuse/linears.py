@@ -145,23 +145,23 @@ class Store:
 
     Attributes:
         joined: dense weights as parts of one matrix with room for the factors, by `join`.
-        decoded: the same of weights in 4 bits, where what was decoded stays.
+        decoded: the same of weights in 4 bits, where what was decoded stays, with the weights that it was made of.
         holds: layers (the first of a name) of which it may.
         thin: the factors that are in a joined matrix now.
-        narrow: weights in 8 bits; None: they are made at every use.
+        narrow: weights in 8 bits, with those that they were made of; None: they are made at every use.
     """
 
     joined: dict[Any, Tensor] = field(default_factory=dict)
-    decoded: dict[Any, Tensor] = field(default_factory=dict)
+    decoded: dict[Any, tuple[Tensor, list[Any]]] = field(default_factory=dict)
     holds: range = range(0)
     thin: dict[Any, Thin] = field(default_factory=dict)
-    narrow: dict[Any, Narrow] | None = None
+    narrow: dict[Any, tuple[Narrow, list[Any]]] | None = None
 
     @property
     def held_bytes(self) -> int:
         """Of what `hold` lets stay."""
-        narrow = sum(t.nbytes for made in (self.narrow or {}).values() for t in made)
-        return narrow + sum(whole.nbytes for whole in self.decoded.values())
+        narrow = sum(t.nbytes for made, _ in (self.narrow or {}).values() for t in made)
+        return narrow + sum(whole.nbytes for whole, _ in self.decoded.values())
 
     def hold(self, count: int, layers: int, *, narrow: bool) -> None:
         """Lets decoded weights of the last `count` of the layers stay; or 8-bit ones, of all or of none."""
@@ -169,7 +169,7 @@ class Store:
             self.narrow = None if count < layers else {} if self.narrow is None else self.narrow
             return
         self.holds = range(max(0, layers - count), layers)
-        self.decoded = {name: whole for name, whole in self.decoded.items() if name[0] in self.holds}
+        self.decoded = {name: kept for name, kept in self.decoded.items() if name[0] in self.holds}
 
 
 class Group:
@@ -224,28 +224,32 @@ class Group:
         filled = zip(parts, self.widths, strict=True)
         return torch.cat([known[0].new_full((n,), otherwise) if part is None else part for part, n in filled])
 
-    def _fitting(self, kept: dict[Any, Tensor]) -> Tensor | None:
-        whole = kept.get(self.name)
-        if whole is None or whole.dtype != self.dtype or whole.shape != (self.rows + self.P, self.columns + self.P):
-            return None
-        return whole
+    def _fits(self, whole: Tensor) -> bool:
+        return whole.dtype == self.dtype and whole.shape == (self.rows + self.P, self.columns + self.P)
+
+    @property
+    def _source(self) -> list[Any]:
+        """What weights that stay were made of: the packed ones, or where dense ones lie and how often they changed."""
+        if self.decoded:
+            return list(self.packed)
+        return [(W.data_ptr(), W._version) for W in (linear.weight.dequantize() for linear in self.linears)]
 
     def _held(self) -> Tensor | None:
         """W decoded for good, where that may stay."""
         if self.name is None or self.name[0] not in self.store.holds:
             return None
-        whole = self._fitting(self.store.decoded)
-        if whole is None:
+        whole, source = self.store.decoded.get(self.name, (None, []))
+        if whole is None or not self._fits(whole) or not _same(source, self.packed):
             shape = self.rows + self.P, self.columns + self.P
             whole = torch.empty(shape, dtype=self.dtype, device=self.packed[0].device)
             dequantize_all(self.packed, whole[: self.rows, : self.columns])
-            self.store.decoded[self.name] = whole
+            self.store.decoded[self.name] = whole, list(self.packed)
         return whole
 
     def _joined(self) -> Tensor | None:
         """The matrix that the weights are parts of, where they still are."""
-        whole = self._fitting(self.store.joined)
-        if whole is None:
+        whole = self.store.joined.get(self.name)
+        if whole is None or not self._fits(whole):
             return None
         at = whole.data_ptr()
         for linear, width in zip(self.linears, self.widths, strict=True):
@@ -273,7 +277,7 @@ class Group:
         else:
             like = next(linear.low.A for linear in self.linears if linear.low is not None)
             A, B = (like.new_empty(*shape, dtype=self.dtype) for shape in ((self.P, self.columns), (self.rows, self.P)))
-        if self.P > self.linears[0].rank:
+        if len(self.linears) > 1 or self.P > self.linears[0].rank:
             B.zero_()
         at = row = 0
         for linear, width in zip(self.linears, self.widths, strict=True):
@@ -367,15 +371,15 @@ class Group:
         return x.new_empty(len(x), self.rows + spare)[:, : self.rows]
 
     def _narrow(self) -> Narrow:
-        held = self.store.narrow
-        if held is not None and self.name in held:
-            return held[self.name]
+        held, source = self.store.narrow, self._source
+        if held is not None and self.name in held and _same(held[self.name][1], source):
+            return held[self.name][0]
         if self.decoded:
             made = quantize_nf4(self.packed, nf4_code(self.packed[0].device))
         else:
             made = quantize_rows_and_columns([linear.weight.dequantize() for linear in self.linears])
         if held is not None:
-            held[self.name] = made
+            held[self.name] = made, source
         return made
 
     def finish(self, z: Tensor) -> Tensor:
@@ -524,6 +528,12 @@ def part(weights: Iterable[nn.Parameter]) -> None:
     """Gives weights that `join` has joined memory of their own again."""
     for weight in weights:
         weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether both hold the same objects, or equal tuples."""
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(a is b or (isinstance(a, tuple) and a == b) for a, b in pairs)
 
 
 def _padded(ranks: int) -> int:

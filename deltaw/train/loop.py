@@ -172,31 +172,33 @@ def prepared(
     objection = "its head is trained under dp" if learns else install_loss_head(model)
     if objection is not None and task in ("causal-lm", "instruct"):
         say(f"loss computed from the logits of every position ({objection})")
-    if config.gradient_checkpointing:
-        _checkpointing(model, on=True)
-    _fuse(model, config, say)
     caches = getattr(model.config, "use_cache", None)
-    if config.neftune_alpha:
-        adapt(model, NEFTune(config.neftune_alpha), name="neftune")
-    # DDP would broadcast every parameter first, and 4-bit ones are no plain tensors. All processes read the same.
-    model._ddp_params_and_buffers_to_ignore = packed
-    try:
+    with contextlib.ExitStack() as undone:
+        # In this order backwards; what fails does not keep the others from being undone.
+        undone.callback(_put_cache_back, model, caches)
+        if config.gradient_checkpointing:
+            undone.callback(_checkpointing, model, on=False)
+            _checkpointing(model, on=True)
+        undone.callback(uninstall_loss_head, model)
+        undone.callback(uninstall_blocks, model)
+        _fuse(model, config, say)
+        if config.neftune_alpha:
+            adapt(model, NEFTune(config.neftune_alpha), name="neftune")
+            undone.callback(delete_adapter, model, "neftune")
+        undone.callback(set_merge_aware, model, False)
+        # DDP would broadcast every parameter first, and 4-bit ones are no plain tensors. All processes read the same.
+        model._ddp_params_and_buffers_to_ignore = packed
+        undone.callback(delattr, model, "_ddp_params_and_buffers_to_ignore")
         with FastCpuAttention() if model.device.type == "cpu" else contextlib.nullcontext(), steady(model):
             yield
-    finally:
-        del model._ddp_params_and_buffers_to_ignore
-        set_merge_aware(model, False)
-        uninstall_blocks(model)
-        uninstall_loss_head(model)
-        if config.neftune_alpha:
-            delete_adapter(model, "neftune")
-        if config.gradient_checkpointing:
-            _checkpointing(model, on=False)
-        # Trainer turns it off, and a saved model would keep that.
-        if caches is not None:
-            model.config.use_cache = caches
-        else:
-            model.config.__dict__.pop("use_cache", None)
+
+
+def _put_cache_back(model: Any, caches: Any) -> None:
+    """Trainer turns it off, and a saved model would keep that."""
+    if caches is not None:
+        model.config.use_cache = caches
+    else:
+        model.config.__dict__.pop("use_cache", None)
 
 
 def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
@@ -223,8 +225,8 @@ def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
     joins = None if config.sharding == "none" else False
     fused, layers, reason = install_blocks(model, keep=keep, room=room, fp8=config.fp8, joins=joins, say=say)  # type: ignore[arg-type]
     if fused:
-        # Gradients by example are none of the fused layers' business.
-        if config.gradient_checkpointing and not config.dp:
+        # With gradients by example, and once weights are merged, layers run their own forward.
+        if config.gradient_checkpointing and not config.dp and not config.merge_aware:
             checkpoint_fused(model, False)
         say(f"{fused} of {layers} layers fused" + (f" ({reason})" if reason else ""))
         return

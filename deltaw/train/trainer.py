@@ -530,7 +530,7 @@ class DeltawTrainer(transformers.Trainer):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, {**logs, "epoch": epoch})
 
 
-def _forget_gradients(parameters: Sequence[nn.Parameter]) -> None:
+def _forget_gradients(parameters: Sequence[nn.Parameter], set_to_none: bool = True) -> None:
     for p in parameters:
         p.grad = None
 

@@ -138,6 +138,46 @@ def test_weights_joined_for_the_time_being(family, method):
         assert torch.allclose(p, before[name], atol=1e-12), name
 
 
+@pytest.mark.parametrize("four_bits", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("target", ["q_proj", "v_proj", "gate_proj", "up_proj"])
+def test_one_of_a_group_adapted_at_a_whole_rank(target, four_bits):
+    model, batch = model_of("llama", "lora", torch.float32, four_bits=four_bits), batch_of()
+    dw.delete_adapter(model, "default")
+    dw.adapt(model, dw.LoRA(r=16, target_modules=[target]))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    wanted = gradients(model, batch)
+    # New memory is NaN.
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert install_blocks(model, keep="input", joins=True)[0] == 3
+        assert_like(gradients(model, batch), wanted, 2 * CLOSE)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("keep", ["values", "input"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_rotation_that_scales(method, keep):
+    scaled = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    model, batch = model_of("llama", method, rope_parameters=scaled), batch_of()
+    wanted = gradients(model, batch)
+    assert install_blocks(model, keep=keep)[0] == 3
+    assert_like(gradients(model, batch), wanted, CLOSE)
+
+
+def test_a_pass_that_is_not_taken_back_leaves_nothing_in_host_memory():
+    model, batch = model_of("llama", "lora"), batch_of()
+    install_blocks(model, keep="host")
+    host = model.model.layers[0].__dict__["_deltaw_fused"].fusion.host
+    hidden = model.model(**batch).last_hidden_state
+    assert len(host._held) == 3
+    del hidden
+    assert not host._held
+
+
 def test_joined_weights_with_an_adapter_that_comes_and_goes():
     model, batch = model_of("llama", "lora"), batch_of()
     dw.adapt(model, dw.LoRA(r=6, target_modules=["q_proj", "up_proj"]), name="other", dtype=torch.float64)
@@ -547,6 +587,7 @@ def test_plans_by_the_card_s_memory(monkeypatch):
     plan(10)
     assert layer.fusion.store.narrow == {}, "4 MB for the process, 1 MB in use: 8-bit weights may stay"
     plan(40_000)
+    assert layer.fusion.held_layers == 0, "no layers, not fewer than none"
     plan(11)
     assert layer.fusion.store.narrow is None, "what a longer batch has no room for does not come back"
 
@@ -559,14 +600,24 @@ def test_decoded_weights_stay_where_there_is_room():
     fusion.store.hold(2, 3, narrow=False)
     first = gradients(model, batch)
     assert {index for index, _ in fusion.store.decoded} == {1, 2} and len(fusion.store.decoded) == 8
-    assert fusion.store.held_bytes == sum(whole.nbytes for whole in fusion.store.decoded.values()) > 0
+    assert fusion.store.held_bytes == sum(whole.nbytes for whole, _ in fusion.store.decoded.values()) > 0
     assert_like(first, wanted, CLOSE)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.mul_(2.0)
     changed = gradients(model, batch)
+    # Another base under the same names is decoded again.
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight = (
+                layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
+            )  # fmt: skip
+    swapped = gradients(model, batch)
     uninstall_blocks(model)
+    assert_like(swapped, gradients(model, batch), CLOSE)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
     assert_like(changed, gradients(model, batch), CLOSE)
     fusion.store.hold(1, 3, narrow=False)
     assert {index for index, _ in fusion.store.decoded} == {2}
