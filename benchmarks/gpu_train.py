@@ -39,6 +39,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 from gpu_profile import profile_table
 from gpu_roofline import KEEPS, RANK, SHAPES, roofline, sharded_table, useful_flops, weight_bytes
 from gpu_rows import OWN_ROW, gpus_of, on_one_gpu, work
@@ -87,10 +88,15 @@ def ask(name: str, args: argparse.Namespace) -> dict:
             return {"error": f"not done after {args.limit:g} s"}
         finally:
             if several and process.poll() is None:
-                # torchrun's processes are in groups of their own, which it alone knows.
+                # torchrun's processes are in groups of their own, and it may not get to ending them itself.
+                started = psutil.Process(process.pid).children(recursive=True)
                 process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.communicate(timeout=GRACE_S)
+                for child in started:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+                psutil.wait_procs(started, timeout=GRACE_S)
             # Compilers that it started may outlive it.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -69,7 +69,8 @@ def local_device(device: str) -> str:
         return device
     index = int(os.environ.get("LOCAL_RANK", "0"))
     # Triton launches on the current device, whatever its tensors' one is.
-    torch.cuda.set_device(index)
+    if torch.backends.cuda.is_built():
+        torch.cuda.set_device(index)
     return f"cuda:{index}"
 
 
