@@ -266,9 +266,6 @@ def own_row(name: str, args: argparse.Namespace) -> dict:
     from deltaw.train.loop import is_first_process, local_device, world_size
 
     processes, args.device = world_size(), local_device(args.device)
-    if processes > 1 and args.device != "cpu":
-        # Triton launches on the current device, wherever its tensors are.
-        torch.cuda.set_device(args.device)
     clock = Clock(args, processes)
 
     class TimedRun(RunFolder):

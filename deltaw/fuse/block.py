@@ -37,8 +37,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.core.errors import RunError
+from deltaw.fuse.group import Group, Store
 from deltaw.fuse.host_memory import HostMemory
-from deltaw.fuse.linears import Fused, Group, Store
+from deltaw.fuse.linears import Fused
 from deltaw.kernels.gated import gated, gated_backward, gated_backward_low_rank
 from deltaw.kernels.norm import rms_norm, rms_norm_backward, wide_dtype
 from deltaw.kernels.rotary import norm_rotate, norm_rotate_backward, rotate

@@ -21,10 +21,11 @@ from deltaw.core.errors import InputError
 from deltaw.core.generators import generator
 from deltaw.core.protocols import packed_of
 from deltaw.fuse.block import GROUPS, Call, Keep, Norm, kept_bytes, run_block
+from deltaw.fuse.group import Store, join, part
 from deltaw.fuse.head import undisturbed
 from deltaw.fuse.host_memory import HostMemory
 from deltaw.fuse.keep import Room, choose, told, upgrade
-from deltaw.fuse.linears import Store, fused_linear, hooked, join, part
+from deltaw.fuse.linears import fused_linear, hooked
 from deltaw.kernels.gated import gated_torch
 from deltaw.kernels.norm import rms_norm_torch
 from deltaw.methods.host import book_of
@@ -252,11 +253,11 @@ def _part(layer: _Layer) -> None:
             del layer.fusion.store.joined[layer.index, names]
 
 
-def checkpoint_fused(model: nn.Module, on: bool) -> None:
-    """Turns transformers' recomputation around fused layers on or off: they make things again by themselves."""
+def leave_checkpointing(model: nn.Module) -> None:
+    """Turns transformers' recomputation off around fused layers, which make things again by themselves."""
     for layer in _decoder_layers(model):
         if _STATE in layer.__dict__ and hasattr(layer, "gradient_checkpointing"):
-            layer.gradient_checkpointing = on
+            layer.gradient_checkpointing = False
 
 
 def needs_mask(model: nn.Module) -> bool:

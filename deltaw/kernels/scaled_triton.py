@@ -17,6 +17,8 @@ import triton  # type: ignore[import-untyped,import-not-found]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found]
 from torch import Tensor
 
+from deltaw.kernels.gated_triton import _load, _store
+
 #: Rows and columns of a step, and warps.
 TILE = (4, 1024, 8)
 #: The same where sums take registers; rows that a program goes through then. Two warps read a row of 512 columns in
@@ -27,18 +29,8 @@ SUMMED_ROWS = 32
 
 
 # The kernels' arguments carry no annotations: the compiler would look up their names.
-@triton.jit  # type: ignore[untyped-decorator]
-def _load(base, at, live):  # type: ignore[no-untyped-def]
-    return tl.load(base + at, mask=live, other=0.0).to(tl.float32)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _store(base, at, values, live):  # type: ignore[no-untyped-def]
-    tl.store(base + at, values.to(base.dtype.element_ty), mask=live)
-
-
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
-def _sum_kernel(  # type: ignore[no-untyped-def]
+def _scale_and_sum_kernel(  # type: ignore[no-untyped-def]
     g, y, c, out, sums, rows, columns, g_row, y_row, out_row,
     STRIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +50,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
-def _add_kernel(  # type: ignore[no-untyped-def]
+def _scaled_add_kernel(  # type: ignore[no-untyped-def]
     residual, z, c, bias, out, rows, columns, residual_row, z_row, out_row,
     BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +83,7 @@ def scale_and_sum(
     sums = torch.empty(strips, columns, dtype=torch.float32, device=g.device)
     if g.numel():
         with torch.cuda.device_of(g):
-            _sum_kernel[(strips * -(-columns // width),)](
+            _scale_and_sum_kernel[(strips * -(-columns // width),)](
                 g, y, c, out, sums, rows, columns, g.stride(0), y.stride(0), out.stride(0),
                 STRIP=strip, ROWS=height, COLUMNS=width, num_warps=warps,
             )  # fmt: skip
@@ -111,7 +103,7 @@ def scaled_add(
     (rows, columns), (height, width, warps) = z.shape, tile
     if z.numel():
         with torch.cuda.device_of(z):
-            _add_kernel[(-(-rows // height) * -(-columns // width),)](
+            _scaled_add_kernel[(-(-rows // height) * -(-columns // width),)](
                 residual, z, c, c if bias is None else bias, out, rows, columns,
                 residual.stride(0), z.stride(0), out.stride(0),
                 BIAS=bias is not None, ROWS=height, COLUMNS=width, num_warps=warps,

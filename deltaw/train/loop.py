@@ -18,7 +18,7 @@ from deltaw.core.protocols import packed_of
 from deltaw.data import Collator
 from deltaw.fuse.attention import FastCpuAttention
 from deltaw.fuse.block import Keep
-from deltaw.fuse.decoder import checkpoint_fused, install_blocks, uninstall_blocks
+from deltaw.fuse.decoder import install_blocks, leave_checkpointing, uninstall_blocks
 from deltaw.fuse.head import install_loss_head, uninstall_loss_head
 from deltaw.fuse.keep import HEAD_BYTES, Room
 from deltaw.methods import NEFTune, adapt, delete_adapter, method_of
@@ -64,7 +64,7 @@ def is_first_process() -> bool:
 
 
 def local_device(device: str) -> str:
-    """The device of this process: under torchrun each has its own GPU."""
+    """The device of this process: under torchrun each has its own GPU, which becomes the current one."""
     if world_size() == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
     index = int(os.environ.get("LOCAL_RANK", "0"))
@@ -228,7 +228,7 @@ def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
     if fused:
         # With gradients by example, and once weights are merged, layers run their own forward.
         if config.gradient_checkpointing and not config.dp and not config.merge_aware:
-            checkpoint_fused(model, False)
+            leave_checkpointing(model)
         say(f"{fused} of {layers} layers fused" + (f" ({reason})" if reason else ""))
         return
     asked_for = {

@@ -12,7 +12,7 @@ from torch import nn
 
 import deltaw as dw
 from deltaw.core.errors import RunError
-from deltaw.fuse import decoder, linears
+from deltaw.fuse import decoder, group
 from deltaw.fuse.block import KEEPS, kept_bytes
 from deltaw.fuse.decoder import install_blocks, needs_mask, uninstall_blocks
 from deltaw.fuse.host_memory import HostMemory
@@ -542,10 +542,10 @@ def test_with_products_that_lose_nothing_the_eight_bit_way_is_exact(method, four
         W = torch.cat([part.dequantize() if hasattr(part, "codes") else part for part in parts])
         return W, W.new_ones(len(W)), W.t(), W.new_ones(W.shape[1])
 
-    monkeypatch.setattr(linears, "quantize_rows", lambda x: (x, x.new_ones(len(x))))
-    monkeypatch.setattr(linears, "quantize_rows_and_columns", both)
-    monkeypatch.setattr(linears, "quantize_nf4", lambda parts, code: both(parts))
-    monkeypatch.setattr(linears, "matmul_fp8", lambda q, scale, W, w_scale, **options: q @ W.t())
+    monkeypatch.setattr(group, "quantize_rows", lambda x: (x, x.new_ones(len(x))))
+    monkeypatch.setattr(group, "quantize_rows_and_columns", both)
+    monkeypatch.setattr(group, "quantize_nf4", lambda parts, code: both(parts))
+    monkeypatch.setattr(group, "matmul_fp8", lambda q, scale, W, w_scale, **options: q @ W.t())
     model, batch = model_of("qwen2", method, torch.float32, four_bits=four_bits), batch_of()
     wanted = gradients(model, batch)
     for keep in ("all", "input"):

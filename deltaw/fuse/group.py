@@ -1,0 +1,444 @@
+"""Linears of a fused block that share an input, as one: forward and backward as plain functions.
+
+Symbols and formulas are those of `linears.py`. W and A lie under one another, B in the diagonal blocks of one matrix,
+outputs side by side. So x is read once for all h and once for all dA, and frozen products are as large as they can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.fuse.linears import Fused
+from deltaw.kernels.fp8 import matmul_fp8, quantize_nf4, quantize_rows, quantize_rows_and_columns
+from deltaw.kernels.low_rank import add_product, outer_sum, project, project_and_sum
+from deltaw.kernels.scaled import scale_and_sum
+from deltaw.quant.codebooks import nf4_code
+from deltaw.quant.weight import NF4Weight, dequantize_all
+
+#: |c| of several linears is kept from 0, since what it multiplied is found again by dividing by it.
+LEAST = 1e-6
+
+#: W by rows and by columns in 8 bits with their scales, as `quantize_rows_and_columns` gives them.
+Narrow = tuple[Tensor, Tensor, Tensor, Tensor]
+
+#: Columns of low-rank factors are padded to multiples of this: kernels then know that rows begin at whole vectors.
+ALIGNED = 16
+
+
+@dataclass
+class Thin:
+    """The factors of a group's linears as one, in the dtype of the arithmetic.
+
+    Attributes:
+        A: (P, in), all A under one another, zeros below; P is the sum of ranks, padded.
+        B: (sum of out, P): every linear's scale B in its own rows and columns, zeros elsewhere.
+    """
+
+    A: Tensor
+    B: Tensor
+
+
+@dataclass
+class Store:
+    """What the groups of a model keep between calls, each by its name.
+
+    Attributes:
+        joined: dense weights as parts of one matrix with room for the factors, by `join`.
+        decoded: the same of weights in 4 bits, where what was decoded stays, with the weights that it was made of.
+        holds: layers (the first of a name) of which it may.
+        thin: the factors that are in a joined matrix now.
+        narrow: weights in 8 bits, with those that they were made of; None: they are made at every use.
+    """
+
+    joined: dict[Any, Tensor] = field(default_factory=dict)
+    decoded: dict[Any, tuple[Tensor, list[Any]]] = field(default_factory=dict)
+    holds: range = range(0)
+    thin: dict[Any, Thin] = field(default_factory=dict)
+    narrow: dict[Any, tuple[Narrow, list[Any]]] | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Of what `hold` lets stay."""
+        narrow = sum(t.nbytes for made, _ in (self.narrow or {}).values() for t in made)
+        return narrow + sum(whole.nbytes for whole, _ in self.decoded.values())
+
+    def hold(self, count: int, layers: int, *, narrow: bool) -> None:
+        """Lets decoded weights of the last `count` of the layers stay; or 8-bit ones, of all or of none."""
+        if narrow:
+            self.narrow = None if count < layers else {} if self.narrow is None else self.narrow
+            return
+        self.holds = range(max(0, layers - count), layers)
+        self.decoded = {name: kept for name, kept in self.decoded.items() if name[0] in self.holds}
+
+
+class Group:
+    """Linears that read one input, for one forward pass and its backward pass.
+
+    Where W is decoded from 4 bits or has been joined, a product with it takes the low-rank part along: [x, h] [W, sB]^T
+    forward and [g, k] [W; A] back, so that nothing is added in passes of its own. x and g are then given with `spare`
+    more columns behind them, which are written to.
+
+    Args:
+        linears: of one input width.
+        dtype: of the arithmetic's tensors.
+        fp8: whether products with W are made in 8-bit floats.
+        store: what stays between calls.
+        name: of the group there.
+    """
+
+    def __init__(
+        self,
+        linears: Sequence[Fused],
+        dtype: torch.dtype,
+        *,
+        fp8: bool = False,
+        store: Store | None = None,
+        name: Any = None,
+    ) -> None:
+        self.linears, self.dtype, self.fp8, self.name = linears, dtype, fp8, name
+        self.store = Store() if store is None else store
+        self.widths = [linear.weight.shape[0] for linear in linears]
+        self.rows, self.columns = sum(self.widths), linears[0].weight.shape[1]
+        self.P = _padded(sum(linear.rank for linear in linears))
+        c = self._one([None if linear.factor is None else linear.factor.detach() for linear in linears], 1.0)
+        # Of several linears dc is found by dividing by it, see `scale_gradients`.
+        self.c = c if c is None or len(linears) == 1 else _apart(c)
+        self.bias = self._one([linear.bias for linear in linears], 0.0)
+        self.packed: list[Any] = [getattr(linear.weight, "packed", None) for linear in linears]
+        self.decoded = all(isinstance(weight, NF4Weight) for weight in self.packed)
+        self.joined = None if fp8 else self._held() if self.decoded else self._joined()
+        #: Columns that x and g may have behind them.
+        self.spare = self.P if self.joined is not None or (self.decoded and not fp8) else 0
+        self._thin: Thin | None = None
+        #: K of all linears side by side (M, P), after `backward`.
+        self.k: Tensor | None = None
+
+    def _one(self, parts: Sequence[Tensor | None], otherwise: float) -> Tensor | None:
+        """Vectors one after the other; None where all are missing."""
+        known = [part for part in parts if part is not None]
+        if not known:
+            return None
+        if len(parts) == 1:
+            return known[0]
+        filled = zip(parts, self.widths, strict=True)
+        return torch.cat([known[0].new_full((n,), otherwise) if part is None else part for part, n in filled])
+
+    def _fits(self, whole: Tensor) -> bool:
+        return whole.dtype == self.dtype and whole.shape == (self.rows + self.P, self.columns + self.P)
+
+    @property
+    def _source(self) -> list[Any]:
+        """What weights that stay were made of: the packed ones, or where dense ones lie and how often they changed."""
+        if self.decoded:
+            return list(self.packed)
+        return [(W.data_ptr(), W._version) for W in (linear.weight.dequantize() for linear in self.linears)]
+
+    def _held(self) -> Tensor | None:
+        """W decoded for good, where that may stay."""
+        if self.name is None or self.name[0] not in self.store.holds:
+            return None
+        whole, source = self.store.decoded.get(self.name, (None, []))
+        if whole is None or not self._fits(whole) or not _same(source, self._source):
+            shape = self.rows + self.P, self.columns + self.P
+            whole = torch.empty(shape, dtype=self.dtype, device=self.packed[0].device)
+            dequantize_all(self.packed, whole[: self.rows, : self.columns])
+            self.store.decoded[self.name] = whole, self._source
+        return whole
+
+    def _joined(self) -> Tensor | None:
+        """The matrix that the weights are parts of, where they still are."""
+        whole = self.store.joined.get(self.name)
+        if whole is None or not self._fits(whole):
+            return None
+        at = whole.data_ptr()
+        for linear, width in zip(self.linears, self.widths, strict=True):
+            W = linear.weight.dequantize()
+            if W.data_ptr() != at or W.stride() != whole.stride():
+                return None
+            at += width * whole.stride(0) * whole.element_size()
+        return whole
+
+    # Factors.
+
+    @property
+    def thin(self) -> Thin:
+        """All factors as one, read once. There has to be one."""
+        # Another pass's factors may have taken the place in a joined matrix since.
+        if self._thin is None or (self.joined is not None and self.store.thin.get(self.name) is not self._thin):
+            self._thin = self._made()
+            if self.joined is not None:
+                self.store.thin[self.name] = self._thin
+        return self._thin
+
+    def _made(self) -> Thin:
+        if (whole := self.joined) is not None:
+            A, B = whole[self.rows :, : self.columns], whole[: self.rows, self.columns :]
+        else:
+            like = next(linear.low.A for linear in self.linears if linear.low is not None)
+            A, B = (like.new_empty(*shape, dtype=self.dtype) for shape in ((self.P, self.columns), (self.rows, self.P)))
+        if len(self.linears) > 1 or self.P > self.linears[0].rank:
+            B.zero_()
+        at = row = 0
+        for linear, width in zip(self.linears, self.widths, strict=True):
+            if (low := linear.low) is not None:
+                A[at : at + linear.rank].copy_(low.A.detach())
+                torch.mul(low.B.detach(), low.scale, out=B[row : row + width, at : at + linear.rank])
+                at += linear.rank
+            row += width
+        if at < self.P:
+            A[at:].zero_()
+        return Thin(A, B)
+
+    # Products with W.
+
+    def _weight(self, *, B: bool = False, A: bool = False) -> Tensor | None:
+        """W (rows, in), with sB behind it or A below it; None where it is no one matrix."""
+        below, behind = self.P * A, self.P * B
+        thin = self.thin if below or behind else None
+        if self.joined is not None:
+            # The factors are in it, once they have been read.
+            return self.joined[: self.rows + below, : self.columns + behind]
+        if not self.decoded:
+            return None
+        device = self.packed[0].device
+        made = torch.empty(self.rows + below, self.columns + behind, dtype=self.dtype, device=device)
+        dequantize_all(self.packed, made[: self.rows, : self.columns])
+        if thin is not None and below:
+            made[self.rows :].copy_(thin.A)
+        if thin is not None and behind:
+            made[:, self.columns :].copy_(thin.B)
+        return made
+
+    def _times(self, x: Tensor, out: Tensor, *, transposed: bool, add: bool) -> Tensor:
+        """X W^T, or x W where not `transposed`, into or onto `out`."""
+        W = self._weight()
+        if W is not None:
+            factor = W.t() if transposed else W
+            return out.addmm_(x, factor) if add else torch.mm(x, factor, out=out)
+        at = 0
+        for linear, width in zip(self.linears, self.widths, strict=True):
+            W, columns = linear.weight.dequantize(dtype=self.dtype), slice(at, at + width)
+            left, right = (x, W.t()) if transposed else (x[:, columns], W)
+            target = out[:, columns] if transposed else out
+            if add or (at and not transposed):
+                target.addmm_(left, right)
+            else:
+                torch.mm(left, right, out=target)
+            at += width
+        return out
+
+    # Forward.
+
+    def project(self, x: Tensor) -> Tensor | None:
+        """H of all linears, side by side: (M, P)."""
+        return project(x[:, : self.columns], self.thin.A) if self.P else None
+
+    def outputs(
+        self, x: Tensor, h: Tensor | None, *, onto: Tensor | None = None, spare: int = 0, lean: bool = False
+    ) -> Tensor:
+        """The linears' z (M, rows), side by side, with their bias where there is no c.
+
+        Args:
+            x: (M, in) or (M, in + spare), the shared input.
+            h: as `project` gave it.
+            onto: (M, rows), added in the same pass; not written to.
+            spare: columns of memory behind the result.
+            lean: of products in 8 bits, whether the low-rank part is left to whoever reads z.
+        """
+        B = None if h is None or lean else self.thin.B
+        # A product that adds to what is there is slower by more than a pass that adds, and copies `onto` first.
+        if self.fp8:
+            W, scale, _, _ = self._narrow()
+            z = matmul_fp8(*quantize_rows(x), W, scale, out_dtype=x.dtype, fast_accumulation=True)
+        elif h is not None and x.shape[1] == self.columns + self.P:
+            whole, B = self._weight(B=True), None
+            assert whole is not None
+            x[:, self.columns :].copy_(h)
+            z = torch.mm(x, whole.t(), out=self._empty(x, spare))
+        elif h is not None and B is not None and onto is None:
+            z = torch.mm(h, B.t(), out=self._empty(x, spare))
+            z, B = self._times(x[:, : self.columns], z, transposed=True, add=True), None
+        else:
+            z = self._times(x[:, : self.columns], self._empty(x, spare), transposed=True, add=False)
+        if B is not None and h is not None:
+            z = z.addmm_(h, B.t()) if onto is None else add_product(onto, h, B, z=z, out=z)
+        elif onto is not None:
+            z.add_(onto)
+        return z if self.bias is None or self.c is not None else z.add_(self.bias.to(z.dtype))
+
+    def _empty(self, x: Tensor, spare: int) -> Tensor:
+        return x.new_empty(len(x), self.rows + spare)[:, : self.rows]
+
+    def _narrow(self) -> Narrow:
+        held, source = self.store.narrow, self._source
+        if held is not None and self.name in held and _same(held[self.name][1], source):
+            return held[self.name][0]
+        if self.decoded:
+            made = quantize_nf4(self.packed, nf4_code(self.packed[0].device))
+        else:
+            made = quantize_rows_and_columns([linear.weight.dequantize() for linear in self.linears])
+        if held is not None:
+            held[self.name] = made, source
+        return made
+
+    def finish(self, z: Tensor) -> Tensor:
+        """Y of z, in place: c z + b where there is a c."""
+        if self.c is not None:
+            z.mul_(self.c.to(z.dtype))
+            if self.bias is not None:
+                z.add_(self.bias.to(z.dtype))
+        return z
+
+    def parts(self, h: Tensor | None) -> list[Tensor | None]:
+        """H by linear."""
+        found: list[Tensor | None] = []
+        at = 0
+        for linear in self.linears:
+            found.append(None if linear.low is None or h is None else h[:, at : at + linear.rank])
+            at += linear.rank
+        return found
+
+    # Backward.
+
+    def scale_gradients(self, g: Tensor, y: Tensor) -> list[Tensor | None]:
+        """Turns dL/dy (M, rows) into dL/dz in place; gives dc (out,) float32 of y = c z + b by linear, or None."""
+        if self.c is None:
+            return [None] * len(self.linears)
+        offset = None if self.bias is None else self.bias * g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+        _, total = scale_and_sum(g, y, self.c, out=g)
+        found = ((total if offset is None else total - offset) / self.c.to(total.dtype)).split(self.widths)
+        return [None if linear.factor is None else one for linear, one in zip(self.linears, found, strict=True)]
+
+    def backward(
+        self,
+        g: Tensor,
+        x: Tensor | None,
+        h: Tensor | None,
+        *,
+        need_x: bool = True,
+        known: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+        lean: bool = False,
+    ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+        """Gradients of dL/dz.
+
+        Args:
+            g: (M, rows) or (M, rows + spare); the spare columns are written to.
+            x: (M, in); None: `dA` is taken later, by `take_dA`.
+            h: as `project` gave it.
+            need_x: whether dx is wanted.
+            known: k and dB by linear, where they have been made already.
+            lean: of products in 8 bits, whether k A is left to whoever reads dx.
+
+        Returns:
+            dx (M, in), and (dA, dB) by linear, float32 or wider.
+        """
+        wide = g.shape[1] > self.rows
+        whole, g = g, g[:, : self.rows]
+        dBs: list[Tensor | None] = [None] * len(self.linears)
+        if h is not None:
+            room = whole[:, self.rows :] if wide else g.new_empty(len(g), self.P)
+            dBs = self._low_rank(g, h, room, known)
+            self.k = room
+        dx: Tensor | None = None
+        if need_x and self.fp8:
+            _, _, W, scale = self._narrow()
+            dx = matmul_fp8(*quantize_rows(g), W, scale, out_dtype=g.dtype)
+            if self.k is not None and not lean:
+                dx.addmm_(self.k, self.thin.A)
+        elif need_x and wide:
+            weight = self._weight(A=True)
+            assert weight is not None
+            dx = torch.mm(whole, weight)
+        elif need_x:
+            dx = g.new_empty(len(g), self.columns)
+            if self.k is not None:
+                torch.mm(self.k, self.thin.A, out=dx)
+            self._times(g, dx, transposed=False, add=self.k is not None)
+        dAs = [None] * len(self.linears) if x is None else self.take_dA(x)
+        return dx, list(zip(dAs, dBs, strict=True))
+
+    def _low_rank(
+        self, g: Tensor, h: Tensor, k: Tensor, known: tuple[Sequence[Tensor], Sequence[Tensor]] | None
+    ) -> list[Tensor | None]:
+        """Fills in k (M, P), and gives dB by linear."""
+        if known is not None:
+            at = 0
+            for one in known[0]:
+                k[:, at : at + one.shape[1]].copy_(one)
+                at += one.shape[1]
+            if at < self.P:
+                k[:, at:].zero_()
+            return [*known[1]]
+        if len(self.linears) == 1:
+            made, total = project_and_sum(g, self.thin.B, h, scale=1.0)
+            k.copy_(made)
+        else:
+            # Reading g twice, but in two products for all linears.
+            torch.mm(g, self.thin.B, out=k)
+            total = outer_sum(g, h)
+        found: list[Tensor | None] = []
+        at = row = 0
+        for linear, width in zip(self.linears, self.widths, strict=True):
+            block = total[row : row + width, at : at + linear.rank]
+            found.append(None if linear.low is None else block * linear.low.scale)
+            at, row = at + linear.rank, row + width
+        return found
+
+    def take_dA(self, x: Tensor) -> list[Tensor | None]:
+        """DA by linear, (r, in), after `backward`."""
+        if self.k is None:
+            return [None] * len(self.linears)
+        total, found, at = outer_sum(self.k, x), [], 0
+        for linear in self.linears:
+            found.append(None if linear.low is None else total[at : at + linear.rank])
+            at += linear.rank
+        return found
+
+
+def join(weights: Sequence[nn.Parameter], ranks: int) -> Tensor | None:
+    """Makes dense weights (out_i, in) parts of one matrix (sum of out + P, in + P), P the padded sum of ranks.
+
+    Their values stay what they are. None, and nothing is done, for weights that are no plain, unshared parameters.
+    """
+    first = weights[0]
+    for weight in weights:
+        plain = type(weight) is nn.Parameter and weight.dim() == 2 and weight.is_contiguous()
+        if not plain or (weight.dtype, weight.device, weight.shape[1]) != (first.dtype, first.device, first.shape[1]):
+            return None
+        if weight.untyped_storage().nbytes() != weight.nbytes:
+            return None
+    room = _padded(ranks)
+    rows = sum(len(weight) for weight in weights)
+    whole = torch.empty(rows + room, first.shape[1] + room, dtype=first.dtype, device=first.device)
+    at = 0
+    for weight in weights:
+        own = whole[at : at + len(weight), : first.shape[1]]
+        own.copy_(weight.data)
+        weight.data = own
+        at += len(own)
+    return whole
+
+
+def part(weights: Iterable[nn.Parameter]) -> None:
+    """Gives weights that `join` has joined memory of their own again."""
+    for weight in weights:
+        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether both hold the same objects, or equal tuples."""
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(a is b or (isinstance(a, tuple) and a == b) for a, b in pairs)
+
+
+def _padded(ranks: int) -> int:
+    return -(-ranks // ALIGNED) * ALIGNED
+
+
+def _apart(c: Tensor) -> Tensor:
+    return c.masked_fill(c.abs() < LEAST, LEAST)
