@@ -18,6 +18,7 @@ Buffers are written over once their values are done with: dgate over gate, dup o
 | "attention" | x0, q, k, v, a, x1 | norms, gate, up |
 | "input" | x0 | all but the last product, which nothing asks for |
 | "host" | x0 in host memory | the same |
+| "host-attention" | x0, and what attention's graph keeps but for q, k and v, in host memory | the same but attention |
 
 Attention runs through transformers' own interface in a graph of its own, which is kept with q, k, v and a.
 
@@ -35,18 +36,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from deltaw.core.errors import RunError
 from deltaw.fuse.group import Group, Store
-from deltaw.fuse.host_memory import HostMemory
+from deltaw.fuse.host_memory import Held, HostMemory
 from deltaw.fuse.linears import Fused
 from deltaw.kernels.gated import gated, gated_backward, gated_backward_low_rank
-from deltaw.kernels.norm import rms_norm, rms_norm_backward, wide_dtype
+from deltaw.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward, wide_dtype
 from deltaw.kernels.rotary import norm_rotate, norm_rotate_backward, rotate
 from deltaw.kernels.scaled import scale_and_sum, scaled_add
 
-Keep = Literal["values", "all", "attention", "input", "host"]
-KEEPS: tuple[Keep, ...] = ("values", "all", "attention", "input", "host")
+Keep = Literal["values", "all", "attention", "input", "host", "host-attention"]
+KEEPS: tuple[Keep, ...] = ("values", "all", "attention", "input", "host", "host-attention")
+#: Values from which on a tensor of attention's graph is worth moving.
+LEAST_AWAY = 1024
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Call:
         cos, sin: (batch or 1, seq, rotated columns); None: no rotation.
         attend: (q, k, v), each (batch, heads, seq, head_dim), to (batch, seq, heads, head_dim), differentiable.
         keep: what stays for the backward pass.
-        host: where "host" puts x0.
+        host: where "host" and "host-attention" put what they keep.
         fp8: names of the linears whose products with W are made in 8-bit floats.
         store: what stays between calls.
         handed: the last gradient that a fused layer handed on, with the room behind it.
@@ -153,12 +157,15 @@ class _State:
         assert x0 is not None
         keep = call.keep
         norms, products, attentions = (self.wanted and keep in KEEPS[:count] for count in (1, 2, 3))
-        attention = self._attention(x0, graph=attentions, norm=norms)
-        x1, zo = self._after_attention(x0, attention["a"])
+        away = _Away(call.host) if self.wanted and keep == "host-attention" and call.host is not None else None
+        attention = self._attention(x0, graph=attentions, norm=norms, away=away)
+        x1, zo, n2 = self._after_attention(x0, attention["a"])
         if attentions:
             self.kept |= attention | {"x1": x1, "zo": zo}
+        if away is not None:
+            self.kept |= {"away": away, "graph": attention["graph"], "edges": attention["edges"]}
+            away.keep(attention["a"])
         del attention
-        n2 = self._normed(1, x1, self.gate_up)
         z = self._gate_up(n2[0])
         if norms:
             self.kept["n2"] = n2
@@ -171,10 +178,11 @@ class _State:
         x2, zd = self._onto(self.down, act, self.h[DOWN], x1)
         if attentions:
             self.kept["zd"] = zd
-        if self.wanted and keep == "host" and call.host is not None:
-            self.kept["x0"] = held = call.host.put(x0)
+        if self.wanted and keep in ("host", "host-attention") and call.host is not None:
+            self.kept["x0"] = call.host.put(x0)
             # A pass that is never taken back leaves nothing behind.
-            weakref.finalize(self, call.host.drop, held).atexit = False
+            for held in (self.kept["x0"], *(away.held if away is not None else ())):
+                weakref.finalize(self, call.host.drop, held).atexit = False
             self.x0 = None
         if not self.wanted:
             self.x0 = None
@@ -189,8 +197,19 @@ class _State:
         _, rstd = rms_norm(x, norm.weight, eps=norm.eps, style=norm.style, out=out[:, : x.shape[1]])
         return out, rstd
 
-    def _attention(self, x0: Tensor, *, graph: bool, norm: bool = False) -> dict[str, Any]:
+    def _attention(self, x0: Tensor, *, graph: bool, norm: bool = False, away: _Away | None = None) -> dict[str, Any]:
         """Q, k, v as attention sees them and a (M, heads head_dim); with a graph from one to the other where wanted."""
+        (q, k, v), found = self._queries(x0, norm=norm)
+        if away is not None:
+            return found | away.attend(self.call.attend, q, k, v)
+        leaves = [t.requires_grad_(graph) for t in (q, k, v)]
+        with torch.set_grad_enabled(graph):
+            out = self.call.attend(*(t.transpose(1, 2) for t in leaves))
+        a = out.detach().reshape(len(x0), -1)
+        return found | {"edges": leaves, "graph": get_gradient_edge(out) if graph else None, "a": a}
+
+    def _queries(self, x0: Tensor, *, norm: bool) -> tuple[list[Tensor], dict[str, Any]]:
+        """Q, k, v (batch, seq, heads, head_dim) as attention sees them, and what else is to be kept with them."""
         call = self.call
         n1 = self._normed(0, x0, self.qkv)
         if QKV not in self.h:
@@ -209,10 +228,7 @@ class _State:
             found["rstd"] = (rq, rk)
         elif call.cos is not None and call.sin is not None:
             rotate(qk, call.cos, call.sin)
-        leaves = [t.detach().requires_grad_(graph) for t in (q, k, v)]
-        with torch.set_grad_enabled(graph):
-            out = call.attend(*(t.transpose(1, 2) for t in leaves))
-        return found | {"qkv": leaves, "graph": out if graph else None, "a": out.detach().reshape(len(x0), -1)}
+        return [t.detach() for t in (q, k, v)], found
 
     def _heads(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys as (batch, seq, heads of both, head_dim), and values, as views of q, k and v in a row."""
@@ -223,10 +239,21 @@ class _State:
         )
         return qk, v
 
-    def _after_attention(self, x0: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _after_attention(self, x0: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+        """X1, o's z where it has a c, and norm(x1) with its reciprocal norms."""
+        o, norm = self.o, self.call.norms[1]
         if OUT not in self.h:
-            self.h[OUT] = self.o.project(a)
-        return self._onto(self.o, a, self.h[OUT], x0)
+            self.h[OUT] = o.project(a)
+        if not o.spare or (o.c is not None and o.bias is not None):
+            x1, zo = self._onto(o, a, self.h[OUT], x0)
+            return x1, zo, self._normed(1, x1, self.gate_up)
+        z = o.outputs(a, self.h[OUT])
+        n2 = _wide(x0, x0.shape[1], self.gate_up.spare)
+        x1, _, rstd = add_rms_norm(
+            x0, z, norm.weight, eps=norm.eps, style=norm.style, factor=o.c, out=z if o.c is None else None,
+            norm_out=n2[:, : x0.shape[1]],
+        )  # fmt: skip
+        return x1, None if o.c is None else z, (n2, rstd)
 
     def _onto(self, group: Group, x: Tensor, h: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Residual + y, and z where there is a c."""
@@ -285,6 +312,7 @@ class _State:
 
     def backward(self, grad: Tensor, *, need_x: bool) -> Tensor | None:
         """Dx0 (batch, seq, d)."""
+        self.call.store.factors.trained()
         self._restore()
         dx1 = self._mlp_backward(self._received(grad))
         dx0 = self._attention_backward(dx1, need_x=need_x)
@@ -306,12 +334,17 @@ class _State:
 
     def _restore(self) -> None:
         """What was not kept, but for gate and up, which the MLP's own part makes."""
-        if self.call.keep == "host" and self.call.host is not None:
+        if "x0" in self.kept and self.call.host is not None:
             self.x0 = self.call.host.take(self.kept.pop("x0"))
-        if "qkv" not in self.kept:
+        if "a" not in self.kept:
             assert self.x0 is not None
-            self.kept |= self._attention(self.x0, graph=True)
-            self.kept["x1"], self.kept["zo"] = self._after_attention(self.x0, self.kept["a"])
+            away: _Away | None = self.kept.pop("away", None)
+            if away is None:
+                self.kept |= self._attention(self.x0, graph=True)
+            else:
+                away.begins, found = self._queries(self.x0, norm=False)
+                self.kept |= found | {"a": away.output()}
+            self.kept["x1"], self.kept["zo"], self.kept["n2"] = self._after_attention(self.x0, self.kept["a"])
 
     def _mlp_backward(self, g: Tensor) -> Tensor:
         """Dx1 (M, d) with room for o's low-rank part."""
@@ -386,9 +419,10 @@ class _State:
         self.found["o"] = (*pairs[0], dc)
         assert da is not None
         del a, gz
-        leaves, graph = self.kept.pop("qkv"), self.kept.pop("graph")
-        grads = torch.autograd.grad(graph, leaves, da.view(graph.shape))
-        del da, graph, leaves
+        grads = torch.autograd.grad(
+            self.kept.pop("graph"), self.kept.pop("edges"), da.view(*self.shape[:2], -1, call.head_dim)
+        )
+        del da
         y = self.kept.pop("y")
         g = _wide(y, self.qkv.rows, self.qkv.spare)
         self._unrotated(grads, y, g[:, : self.qkv.rows])
@@ -444,6 +478,72 @@ class _State:
                     assert tensor is not None and gradient is not None
                     result.append(gradient.to(tensor.dtype))
         return result
+
+
+class _Enter(torch.autograd.Function):
+    """Where a graph begins that does not hold what it begins with."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        raise RunError("gradients are taken where the graph begins, not behind it")
+
+
+class _Away:
+    """Attention's graph with what it keeps in host memory, but for q, k and v, which are made again.
+
+    Attributes:
+        held: what is there.
+        begins: q, k and v, for the backward pass.
+    """
+
+    def __init__(self, host: HostMemory) -> None:
+        self.host, self.held, self.begins = host, list[Held](), list[Tensor]()
+        self._places: dict[int, tuple[int | Held, int]] = {}
+        self._back: dict[Held, Tensor] = {}
+        self._output: tuple[Any, ...] = ()
+
+    def attend(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], *qkv: Tensor) -> dict[str, Any]:
+        """Attention's output as (M, heads head_dim), and between which edges its graph lies."""
+        self._places = {t.data_ptr(): (index, t.numel()) for index, t in enumerate(qkv)}
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            begins = _Enter.apply(qkv[0].new_empty((), requires_grad=True), *qkv)
+            out = attend(*(t.transpose(1, 2) for t in begins))
+        edges = [get_gradient_edge(t) for t in begins]
+        a = out.detach().reshape(-1, out.shape[-2] * out.shape[-1])
+        return {"edges": edges, "graph": get_gradient_edge(out), "a": a}
+
+    def keep(self, a: Tensor) -> None:
+        """Keeps the output too, mostly what the graph keeps anyway."""
+        self._output = self._pack(a)
+        self._places = {}
+
+    def output(self) -> Tensor:
+        """The output again."""
+        return self._unpack(self._output)
+
+    def _pack(self, t: Tensor) -> Any:
+        where, count = self._places.get(t.data_ptr(), (None, 0))
+        dense = t.numel() == 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+        if count != t.numel() or where is None:
+            if t.numel() < LEAST_AWAY or not dense:
+                return t
+            where = self.host.put(t.as_strided((t.numel(),), (1,)))
+            self.held.append(where)
+            self._places[t.data_ptr()] = where, t.numel()
+        return where, t.shape, t.stride()
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        where, shape, strides = packed
+        if isinstance(where, Held) and where not in self._back:
+            self._back[where] = self.host.take(where)
+        values = self._back[where] if isinstance(where, Held) else self.begins[where]
+        return values.as_strided(shape, strides)
 
 
 def _wide(like: Tensor, columns: int, spare: int) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Literal
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,8 @@ _KNOWN = frozenset(
 ) | frozenset(_PROJECTIONS.values())
 #: Arguments of a layer's forward that are not handed on to attention.
 _OWN = frozenset({"hidden_states", "attention_mask", "past_key_values", "use_cache", "position_embeddings"})
+#: Of a layer's products forward, what attention has to cost for its output to be worth the bus and host memory.
+LEAST_SHARE = 0.1
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Fusion:
         store: weights and factors as the linears' products take them.
         handed: see `Call`.
         plans: by tokens of a batch, what each layer keeps.
+        far: by tokens of a batch and of a row, whether attention's output goes where inputs go.
         held_layers: of how many layers decoded weights may stay, whatever the batch.
     """
 
@@ -76,10 +80,11 @@ class Fusion:
     handed: list[Tensor] = field(default_factory=list)
     host: HostMemory = field(default_factory=HostMemory)
     plans: dict[int, list[Keep]] = field(default_factory=dict)
+    far: dict[tuple[int, int], bool] = field(default_factory=dict)
     held_layers: int = sys.maxsize
 
-    def of(self, layer: _Layer, x: Tensor) -> Keep:
-        """What a layer keeps of this batch."""
+    def of(self, layer: _Layer, x: Tensor, *, masked: bool = False) -> Keep:
+        """What a layer keeps of this batch; a mask is among what attention keeps."""
         if self.keep is not None:
             return self.keep
         if not x.is_cuda:
@@ -101,8 +106,26 @@ class Fusion:
             if tokens == max(self.plans):
                 kept = self.layers if self.store.narrow is not None else len(self.store.holds)
                 held = f"; decoded weights of {kept} stay" if kept else ""
-                self.say(f"batches of {tokens:,} tokens: {told(plan)}{held}")
-        return self.plans[tokens][layer.index]
+                words = told([self._where(keep, layer, x, masked) for keep in plan])
+                self.say(f"batches of {tokens:,} tokens: {words}{held}")
+        return self._where(self.plans[tokens][layer.index], layer, x, masked)
+
+    def _where(self, keep: Keep, layer: _Layer, x: Tensor, masked: bool) -> Keep:
+        """Whether what goes to the host goes alone."""
+        if keep != "host" or masked:
+            return keep
+        length, tokens = x.shape[1], x.numel() // x.shape[-1]
+        if (tokens, length) not in self.far:
+            self.far[tokens, length] = self._far(layer, tokens, length)
+        return "host-attention" if self.far[tokens, length] else "host"
+
+    def _far(self, layer: _Layer, tokens: int, length: int) -> bool:
+        """Whether making attention again would take long, and there is host memory for its output."""
+        shapes = layer.shapes
+        attention = length * shapes["q"][0]
+        taken = self.layers * tokens * shapes["q"][0] * layer.norms[0].weight.element_size()
+        enough = attention >= LEAST_SHARE * sum(rows * columns for rows, columns in shapes.values())
+        return enough and taken <= psutil.virtual_memory().available // 2
 
 
 @dataclass
@@ -250,6 +273,7 @@ def _part(layer: _Layer) -> None:
         if whole is not None:
             storage = whole.untyped_storage().data_ptr()
             part(w for w in weights if packed_of(w) is None and w.untyped_storage().data_ptr() == storage)
+            layer.fusion.store.factors.forget([(layer.index, names)])
             del layer.fusion.store.joined[layer.index, names]
 
 
@@ -399,7 +423,7 @@ def call_of(layer: _Layer, given: dict[str, Any], keep: Keep | None = None) -> C
         cos=cos,
         sin=sin,
         attend=_attention(attn, given),
-        keep=keep or fusion.of(layer, x),
+        keep=keep or fusion.of(layer, x, masked=given.get("attention_mask") is not None),
         host=fusion.host,
         fp8=fusion.fp8,
         store=fusion.store,

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.fuse.linears import Fused
+from deltaw.fuse.thin import Factors, Thin
+from deltaw.kernels.factors import Factor
 from deltaw.kernels.fp8 import matmul_fp8, quantize_nf4, quantize_rows, quantize_rows_and_columns
 from deltaw.kernels.low_rank import add_product, outer_sum, project, project_and_sum
 from deltaw.kernels.scaled import scale_and_sum
@@ -31,19 +33,6 @@ ALIGNED = 16
 
 
 @dataclass
-class Thin:
-    """The factors of a group's linears as one, in the dtype of the arithmetic.
-
-    Attributes:
-        A: (P, in), all A under one another, zeros below; P is the sum of ranks, padded.
-        B: (sum of out, P): every linear's scale B in its own rows and columns, zeros elsewhere.
-    """
-
-    A: Tensor
-    B: Tensor
-
-
-@dataclass
 class Store:
     """What the groups of a model keep between calls, each by its name.
 
@@ -51,14 +40,14 @@ class Store:
         joined: dense weights as parts of one matrix with room for the factors, by `join`.
         decoded: the same of weights in 4 bits, where what was decoded stays, with the weights that it was made of.
         holds: layers (the first of a name) of which it may.
-        thin: the factors that are in a joined matrix now.
+        factors: those of all groups.
         narrow: weights in 8 bits, with those that they were made of; None: they are made at every use.
     """
 
     joined: dict[Any, Tensor] = field(default_factory=dict)
     decoded: dict[Any, tuple[Tensor, list[Any]]] = field(default_factory=dict)
     holds: range = range(0)
-    thin: dict[Any, Thin] = field(default_factory=dict)
+    factors: Factors = field(default_factory=Factors)
     narrow: dict[Any, tuple[Narrow, list[Any]]] | None = None
 
     @property
@@ -73,6 +62,7 @@ class Store:
             self.narrow = None if count < layers else {} if self.narrow is None else self.narrow
             return
         self.holds = range(max(0, layers - count), layers)
+        self.factors.forget([name for name in self.decoded if name[0] not in self.holds])
         self.decoded = {name: kept for name, kept in self.decoded.items() if name[0] in self.holds}
 
 
@@ -169,30 +159,42 @@ class Group:
     def thin(self) -> Thin:
         """All factors as one, read once. There has to be one."""
         # Another pass's factors may have taken the place in a joined matrix since.
-        if self._thin is None or (self.joined is not None and self.store.thin.get(self.name) is not self._thin):
+        taken = self.joined is not None and not self.store.factors.is_placed(self.name, self._thin)
+        if self._thin is None or taken:
             self._thin = self._made()
-            if self.joined is not None:
-                self.store.thin[self.name] = self._thin
         return self._thin
 
     def _made(self) -> Thin:
         if (whole := self.joined) is not None:
-            A, B = whole[self.rows :, : self.columns], whole[: self.rows, self.columns :]
+            thin = Thin(whole[self.rows :, : self.columns], whole[: self.rows, self.columns :])
         else:
             like = next(linear.low.A for linear in self.linears if linear.low is not None)
-            A, B = (like.new_empty(*shape, dtype=self.dtype) for shape in ((self.P, self.columns), (self.rows, self.P)))
-        if len(self.linears) > 1 or self.P > self.linears[0].rank:
-            B.zero_()
-        at = row = 0
+            memory = like.new_empty(self.P * (self.columns + self.rows), dtype=self.dtype)
+            A, B = memory.split([self.P * self.columns, self.P * self.rows])
+            thin = Thin(A.view(self.P, -1), B.view(-1, self.P))
+        lows = [linear.low for linear in self.linears]
+        key = tuple(
+            low and (low.A.data_ptr(), low.B.data_ptr(), low.A.shape, low.A.dtype, low.B.dtype, low.scale)
+            for low in lows
+        )
+        if whole is not None:
+            return self.store.factors.placed(self.name, key, thin, lambda: self._factors(thin))
+        self.store.factors.made(self.name, key, memory, lambda: self._factors(thin))
+        return thin
+
+    def _factors(self, thin: Thin) -> list[Factor]:
+        """What is written where, the zeros too."""
+        found, at, row = [], 0, 0
         for linear, width in zip(self.linears, self.widths, strict=True):
+            rows = thin.B[row : row + width]
             if (low := linear.low) is not None:
-                A[at : at + linear.rank].copy_(low.A.detach())
-                torch.mul(low.B.detach(), low.scale, out=B[row : row + width, at : at + linear.rank])
+                found.append(Factor(low.A.detach(), thin.A[at : at + linear.rank]))
+                found.append(Factor(low.B.detach(), rows, at, low.scale))
                 at += linear.rank
+            else:
+                found.append(Factor(None, rows))
             row += width
-        if at < self.P:
-            A[at:].zero_()
-        return Thin(A, B)
+        return found if at == self.P else [*found, Factor(None, thin.A[at:])]
 
     # Products with W.
 

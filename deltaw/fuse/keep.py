@@ -85,7 +85,7 @@ def told(chosen: Sequence[Keep]) -> str:
     """A plan in words."""
     words = {
         "values": "keep all", "all": "make norms again", "attention": "make the MLP again", "input": "keep their input",
-        "host": "keep it on the host",
+        "host": "keep it on the host", "host-attention": "keep it and what attention made on the host",
     }  # fmt: skip
     counts = {level: chosen.count(level) for level in words if level in chosen}
     if len(counts) == 1:

@@ -104,6 +104,7 @@ def add_rms_norm(
     style: Style = "llama",
     factor: Tensor | None = None,
     out: Tensor | None = None,
+    norm_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum s = x + factor y, rounded to x's dtype, and n = norm(s) of the rounded sum.
 
@@ -115,6 +116,7 @@ def add_rms_norm(
         style: "llama" or "gemma".
         factor: (d,), any floating dtype; None stands for 1.
         out: storage for s, like x; may be x or y. None makes it.
+        norm_out: the same for n; not out.
 
     Returns:
         s and n (M, d) in x's dtype, rstd (M,) of s, float32 (float64 for float64).
@@ -123,12 +125,14 @@ def add_rms_norm(
         InputError: shapes, dtypes, devices or strides that do not fit; an unknown style.
     """
     check_norm(weight, x, style)
-    _check_rows(x, x=x, y=y, out=out)
+    _check_rows(x, x=x, y=y, out=out, norm_out=norm_out)
     if factor is not None:
         check_like("factor", factor, (x.shape[1],), x, dtype=False)
     kernels = triton_form(x, "norm_triton")
     form = add_rms_norm_torch if kernels is None else kernels.add_rms_norm
-    result: tuple[Tensor, Tensor, Tensor] = form(x, y, weight, eps=eps, style=style, factor=factor, out=out)
+    result: tuple[Tensor, Tensor, Tensor] = form(
+        x, y, weight, eps=eps, style=style, factor=factor, out=out, norm_out=norm_out
+    )
     return result
 
 
@@ -141,12 +145,13 @@ def add_rms_norm_torch(
     style: Style = "llama",
     factor: Tensor | None = None,
     out: Tensor | None = None,
+    norm_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`add_rms_norm` in torch on any device."""
     wide = wide_dtype(x.dtype)
     total = x + y if factor is None else y.to(wide).mul(factor.to(wide)).add_(x)
     s = _stored(total, x.dtype, out)
-    n, rstd = rms_norm_torch(s, weight, eps=eps, style=style)
+    n, rstd = rms_norm_torch(s, weight, eps=eps, style=style, out=norm_out)
     return s, n, rstd
 
 

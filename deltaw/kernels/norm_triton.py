@@ -226,12 +226,13 @@ def add_rms_norm(
     style: Style = "llama",
     factor: Tensor | None = None,
     out: Tensor | None = None,
+    norm_out: Tensor | None = None,
     tile: int = TILE,
     per_thread: int = PER_THREAD,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`norm.add_rms_norm_torch` in one kernel; otherwise as `rms_norm` here."""
     s = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    n = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    n = torch.empty(x.shape, dtype=x.dtype, device=x.device) if norm_out is None else norm_out
     return s, n, _forward(x, y, factor, weight, s, n, eps, style, tile, per_thread)
 
 

@@ -139,7 +139,11 @@ def test_sum_and_norm_are_float64s(form, dtype, shape, place, factored):
     factor = rows("factor", shape[1:], torch.float32, form.device) if factored else None
     wanted = x.double() + y.double() * (1.0 if factor is None else factor.double())
     out = {None: None, "x": x, "y": y, "view": view_of(torch.full_like(x, float("nan")))}[place]
-    s, n, rstd = form.add_rms_norm(x, y, weight, eps=EPS, factor=factor, out=out)
+    norm_out = view_of(torch.full_like(x, float("nan"))) if place == "view" else None
+    s, n, rstd = form.add_rms_norm(x, y, weight, eps=EPS, factor=factor, out=out, norm_out=norm_out)
+    if norm_out is not None:
+        assert n is norm_out
+        assert_frame(norm_out)
     if out is not None:
         assert s is out
         assert_frame(out)

@@ -198,7 +198,7 @@ def test_what_layers_keep_is_what_fused_layers_say(benchmark):
 
     from deltaw.fuse import block
 
-    assert [*KEEPS, "host"] == [*block.KEEPS]
+    assert [*KEEPS, "host", "host-attention"] == [*block.KEEPS]
     for shape in benchmark.SHAPES.values():
         normed = shape.family == "qwen3"
         sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "itemsize": 2}
