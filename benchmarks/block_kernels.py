@@ -22,6 +22,7 @@ import torch
 
 from deltaw.kernels import (
     fp8,
+    gated_project_triton,
     gated_triton,
     low_rank,
     low_rank_triton,
@@ -81,6 +82,7 @@ def cases(tokens: int, variants: bool) -> Iterator[Case]:
     yield from _rotary(M)
     yield from _scaled(M, row, variants)
     yield from _gated(M, n, r, wide, variants)
+    yield from _gated_and_project(M, n, r, wide, variants)
     yield from _low_rank(M, r, variants)
     yield from _add_product(M, row, variants)
     yield from _nf4(variants)
@@ -134,6 +136,35 @@ def _gated(M: int, n: int, r: int, wide: int, variants: bool) -> Iterator[Case]:
             ),
             5 * wide,
         )  # fmt: skip
+
+
+def _gated_and_project(M: int, n: int, r: int, wide: int, variants: bool) -> Iterator[Case]:
+    A = draw(r, n)
+
+    def make() -> Any:
+        both = draw(M, n + r)
+        return draw(M, n), draw(M, n), {"out": both[:, :n], "room": both[:, n:]}
+
+    def separate(gate: torch.Tensor, up: torch.Tensor, to: dict[str, torch.Tensor], copies: bool) -> None:
+        h = low_rank.project(gated_triton.gated(gate, up, activation="silu", out=to["out"]), A)
+        if copies:
+            to["room"].copy_(h)
+
+    for copies in (False, True):
+        name = f"gated then project{' and copy' * copies}"
+        yield Case(name, make, lambda t, copies=copies: separate(*t, copies), 3 * wide)
+    tiles = [(16, 128, 4, 3), (16, 128, 4, 4), (16, 256, 4, 3), (32, 128, 4, 3), (16, 256, 8, 3), (32, 64, 4, 4)]
+    tiles += [(64, 64, 4, 3), (16, 512, 8, 2), (16, 128, 4, 2), (16, 64, 4, 3), (32, 64, 4, 3), (32, 128, 8, 2)]
+    tiles += [(64, 64, 8, 3), (64, 128, 16, 3)]
+    for tile in [None, *tiles * variants]:
+        yield Case(
+            f"gated and project {tile or ''}",
+            make,
+            lambda t, tile=tile: gated_project_triton.gated_and_project(
+                t[0], t[1], A, activation="silu", tile=tile, **t[2]
+            ),
+            3 * wide,
+        )
 
 
 def _low_rank(M: int, r: int, variants: bool) -> Iterator[Case]:

@@ -20,7 +20,8 @@ dL/dact = g + k_down A_down. That costs no pass of its own over (M, N), and none
 
 Arithmetic is float32 (float64 for float64 inputs), rounded once; the sums read dz and act as rounded, so they are
 those of separate functions. Plain functions for use inside autograd functions. CUDA tensors of at most 32 bits go to
-`gated_triton.py` where Triton is installed; the torch functions are its reference and the way everywhere else.
+`gated_triton.py` and `gated_project_triton.py` where Triton is installed; the torch functions are their reference and
+the way everywhere else.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ import torch
 from torch import Tensor
 
 from deltaw.core.errors import InputError
-from deltaw.kernels.low_rank import outer_sum, project_and_sum
-from deltaw.kernels.norm import triton_form, wide_dtype
+from deltaw.kernels.low_rank import outer_sum, project, project_and_sum
+from deltaw.kernels.norm import check_like, triton_form, wide_dtype
 
 #: f; "gelu_tanh" is transformers' "gelu_pytorch_tanh", "gelu" the one by the error function.
 Activation = Literal["silu", "gelu_tanh", "gelu"]
@@ -114,6 +115,53 @@ def gated_torch(
         P, _ = _curve(x, activation)
         out[rows] = P.mul_(x).mul_(u)
     return out
+
+
+def gated_and_project(
+    gate: Tensor,
+    up: Tensor,
+    A: Tensor,
+    *,
+    activation: Activation,
+    factors: Factors | None = None,
+    low_rank: LowRank | None = None,
+    out: Tensor | None = None,
+    room: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Act as `gated` makes it and h = act A^T, from act as rounded, on CUDA with one pass over (M, N).
+
+    Args:
+        gate: as for `gated`.
+        up: as for `gated`.
+        A: (R, N), any floating dtype; taken in gate's. Above `LARGEST_RANK`, with `low_rank`, and for few tokens act is
+            read again.
+        activation: f.
+        factors: as for `gated`.
+        low_rank: as for `gated`.
+        out: as for `gated`; may be `gate` or `up`.
+        room: (M, R) in gate's dtype, rows contiguous, any stride between them, that gets h too, as the columns behind
+            `out` in one buffer; shares no memory with the other tensors.
+
+    Returns:
+        act (M, N) and h (M, R) in gate's dtype, h in contiguous memory of its own.
+
+    Raises:
+        InputError: as for `gated`; an A or room that does not fit.
+    """
+    _check(gate, activation, factors, up=up, out=out)
+    _check_projection(gate, A, room)
+    kernels = triton_form(gate, "gated_project_triton")
+    if kernels is not None and low_rank is None and _fits(gate, A.t()) and kernels.busy(gate):
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+        made: tuple[Tensor, Tensor] = kernels.gated_and_project(
+            gate, up, A, activation=activation, factors=factors, out=out, room=room
+        )
+        return made
+    act = gated(gate, up, activation=activation, factors=factors, low_rank=low_rank, out=out)
+    h = project(act, A)
+    if room is not None:
+        room.copy_(h)
+    return act, h
 
 
 def gated_backward(
@@ -301,15 +349,31 @@ def _check(first: Tensor, activation: str, factors: Factors | None, **others: Te
                 f"{name} is {t.dtype} of shape {tuple(t.shape)} on {t.device}: expected {first.dtype}, "
                 f"{tuple(first.shape)}, on {first.device} as the first"
             )
-        if (t.shape[1] > 1 and t.stride(1) != 1) or (t.shape[0] > 1 and t.stride(0) < t.shape[1]):
-            raise InputError(
-                f"{name} has strides {t.stride()}: expected contiguous rows that do not overlap, call contiguous()"
-            )
+        _check_strides(name, t)
     for c in factors or ():
         if c.shape != first.shape[1:] or c.device != first.device:
             raise InputError(
                 f"a factor has shape {tuple(c.shape)} on {c.device}: expected ({first.shape[1]},) on {first.device}"
             )
+
+
+def _check_strides(name: str, t: Tensor) -> None:
+    if (t.shape[1] > 1 and t.stride(1) != 1) or (t.shape[0] > 1 and t.stride(0) < t.shape[1]):
+        raise InputError(
+            f"{name} has strides {t.stride()}: expected contiguous rows that do not overlap, call contiguous()"
+        )
+
+
+def _check_projection(gate: Tensor, A: Tensor, room: Tensor | None) -> None:
+    rows, columns = gate.shape
+    if A.dim() != 2 or A.shape[1] != columns or A.device != gate.device or not A.is_floating_point():
+        raise InputError(
+            f"A is {A.dtype} of shape {tuple(A.shape)} on {A.device}: expected floating values, (R, {columns}), on "
+            f"{gate.device}"
+        )
+    if room is not None:
+        check_like("room", room, (rows, A.shape[0]), gate)
+        _check_strides("room", room)
 
 
 def _check_low_rank(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from deltaw.core.errors import InputError
 from deltaw.core.generators import generator
 from deltaw.kernels import gated as module
-from deltaw.kernels.gated import gated, gated_backward, gated_backward_low_rank
+from deltaw.kernels.gated import gated, gated_and_project, gated_backward, gated_backward_low_rank
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ACTIVATIONS = ["silu", "gelu_tanh", "gelu"]
@@ -199,6 +199,57 @@ def check_low_rank(case, function, *, write_act, adds=False, down=False, slack=1
     assert case.unframed()
 
 
+def check_projection(case, function, rank, *, in_place=False, A_dtype=None, **options):
+    """In storage that is NaN all around."""
+    (rows, columns), dtype, device = case.gate.shape, case.gate.dtype, case.gate.device
+    both = torch.full_like(case.frames[1], torch.nan)
+    gate, up = both[1:-1, 1 : columns + 1].copy_(case.gate), both[1:-1, columns + 3 : 2 * columns + 3].copy_(case.up)
+    A = torch.randn(rank, columns + 2, generator=generator(1, "A", rank)).to(A_dtype or dtype).to(device)[:, 2:]
+    wide = torch.full((rows + 2, columns + rank + 5), torch.nan, dtype=dtype, device=device)
+    out, room = wide[1:-1, 3 : columns + 3], wide[1:-1, columns + 3 : -2]
+    options |= {"activation": case.activation, "factors": case.factors}
+    act, h = function(gate, up, A, out=gate if in_place else out, room=room, **options)
+    assert act is (gate if in_place else out)
+    assert_near(act, case.wanted[0], TOLERANCE[dtype])
+    assert h.dtype == dtype and h.is_contiguous() and h.data_ptr() != room.data_ptr() and torch.equal(h, room)
+    # Terms cancel, so beside the last rounding there are those of sums as large as their magnitudes' would be.
+    terms = (act.double().abs() @ A.to(dtype).double().abs().t()).max()
+    want = act.double() @ A.to(dtype).double().t()
+    assert h.shape == want.shape and torch.isfinite(h).all()
+    wide_tolerance = TOLERANCE[torch.promote_types(dtype, torch.float32)]
+    near = float(TOLERANCE[dtype] * want.abs().max() + wide_tolerance * terms)
+    torch.testing.assert_close(h.double(), want, rtol=0.0, atol=near)
+    for t in (out, room, gate, up):
+        t.fill_(torch.nan)
+    assert wide.isnan().all() and both.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize("rank", [1, 48])
+def test_projection_in_torch(dtype, activation, factors, rank):
+    case = Case(17, 130, dtype, activation=activation, factors=factors)
+    check_projection(case, gated_and_project, rank)
+    check_projection(case, gated_and_project, rank, in_place=True, A_dtype=torch.float64)
+    case = Case(17, 130, dtype, activation=activation, factors=factors, rank=4)
+    case.truth(scales=(1.0, 1.0))
+    B_gate, B_up, h_gate, h_up, _ = case.low_rank.values()
+    check_projection(case, gated_and_project, rank, low_rank=(h_gate, B_gate, h_up, B_up))
+
+
+def test_projection_makes_its_storage():
+    case = Case(5, 37, torch.float32, activation="silu", factors=False)
+    A = torch.eye(37)[:3]
+    act, h = gated_and_project(case.gate, case.up, A, activation="silu")
+    assert_near(act, case.wanted[0], 2e-6)
+    assert act.is_contiguous() and torch.equal(h, act[:, :3])
+    for rows, columns in ((0, 37), (3, 0)):
+        x = torch.ones(rows, columns)
+        act, h = gated_and_project(x, x, torch.ones(3, columns), activation="silu")
+        assert act.shape == (rows, columns) and torch.equal(h, torch.zeros(rows, 3))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("factors", [False, True])
@@ -278,6 +329,27 @@ def test_wrong_input_is_one_clear_line(change, message):
     given = {"gate": torch.zeros(3, 4), "up": torch.zeros(3, 4), "activation": "silu"} | change
     with pytest.raises(InputError, match=message):
         gated(given.pop("gate"), given.pop("up"), **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"A": torch.zeros(4, 2)}, "A is torch.float32 of shape \\(4, 2\\).*\\(R, 4\\)"),
+        ({"A": torch.zeros(4)}, "A is .*\\(4,\\)"),
+        ({"A": torch.zeros(2, 4, dtype=torch.int64)}, "A is torch.int64"),
+        ({"room": torch.zeros(3, 3)}, "room is .*\\(3, 3\\).*expected .*\\(3, 2\\)"),
+        ({"room": torch.zeros(3, 2, dtype=torch.float64)}, "room is torch.float64"),
+        ({"room": torch.zeros(2, 3).t()}, "room has a stride of 3"),
+        ({"room": torch.zeros(2).expand(3, 2)}, "room has strides \\(0, 1\\)"),
+        ({"up": torch.zeros(3, 5)}, "up is .*\\(3, 5\\)"),
+        ({"activation": "relu"}, "'relu': expected one of silu"),
+        ({"low_rank": (torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(2, 2), torch.zeros(4, 2))}, "h_up \\(2, 2\\)"),
+    ],
+)
+def test_wrong_projection_is_one_clear_line(change, message):
+    given = {"up": torch.zeros(3, 4), "A": torch.zeros(2, 4), "activation": "silu"} | change
+    with pytest.raises(InputError, match=message):
+        gated_and_project(torch.zeros(3, 4), given.pop("up"), given.pop("A"), **given)
 
 
 def test_wrong_low_rank_input_is_one_clear_line():
@@ -370,6 +442,61 @@ def test_kernel_adds_the_low_rank_part(dtype, factors, shape, rank, tile):
 
 
 @kernels
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize(("shape", "rank", "tile"), [((1, 24), 1, None), ((17, 130), 8, (16, 64, 4, 2)),
+    ((100, 300), 16, None), ((17, 24), 48, (16, 32, 4, 1))])  # fmt: skip
+def test_kernel_of_the_projection(dtype, activation, factors, shape, rank, tile):
+    from deltaw.kernels import gated_project_triton
+
+    case = Case(*shape, dtype, activation=activation, factors=factors, device=DEVICE)
+    check_projection(case, gated_project_triton.gated_and_project, rank, tile=tile)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_kernel_of_the_projection_takes_other_storage_and_dtypes(dtype):
+    from deltaw.kernels import gated_project_triton
+
+    case = Case(33, 150, dtype, activation="silu", factors=True, device=DEVICE)
+    check_projection(case, gated_project_triton.gated_and_project, 16, in_place=True, A_dtype=torch.float64)
+    options = {"activation": "silu", "out": torch.empty_like(case.g)}
+    A = torch.randn(150, 4, generator=generator(0)).to(dtype).to(DEVICE).t()
+    act, h = gated_project_triton.gated_and_project(case.gate, case.up, A, **options)
+    again = gated_project_triton.gated_and_project(case.gate, case.up, A.contiguous(), **options)
+    assert torch.equal(act, again[0]) and torch.equal(h, again[1]) and torch.isfinite(h).all()
+    for rows, columns in ((0, 150), (33, 0)):
+        empty = case.gate[:rows, :columns]
+        _, h = gated_project_triton.gated_and_project(empty, empty, A[:, :columns], activation="silu", out=empty)
+        assert h.shape == (rows, 4) and not h.any()
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("rank", "adding", "processors"), [(16, False, 2), (70, False, 2), (16, True, 2), (16, False, 3)]
+)
+def test_kernel_of_the_projection_by_the_public_function(monkeypatch, rank, adding, processors):
+    """Where the kernel serves, and above its rank, with a low-rank part and with too few tokens."""
+    from deltaw.kernels import gated_project_triton, gated_triton
+
+    calls = []
+    own = gated_project_triton.gated_and_project
+    monkeypatch.setattr(gated_project_triton, "gated_and_project", lambda *a, **o: calls.append(a) or own(*a, **o))
+    monkeypatch.setattr(gated_project_triton, "_processors", lambda _: processors)
+    forms = {"gated_project_triton": gated_project_triton, "gated_triton": gated_triton}
+    monkeypatch.setattr(module, "triton_form", lambda _, name: forms[name])
+    case = Case(33, 40, torch.float16, activation="silu", factors=True, device=DEVICE, rank=4)
+    options = {}
+    if adding:
+        case.truth(scales=(1.0, 1.0))
+        B_gate, B_up, h_gate, h_up, _ = case.low_rank.values()
+        options["low_rank"] = h_gate, B_gate, h_up, B_up
+    check_projection(case, gated_and_project, rank, **options)
+    assert len(calls) == ((rank, adding, processors) == (16, False, 2))
+
+
+@kernels
 @pytest.mark.parametrize("factors", [False, True])
 @pytest.mark.parametrize("rank", [16, 70])
 def test_kernel_by_the_public_functions(monkeypatch, factors, rank):
@@ -432,6 +559,13 @@ def test_on_a_gpu_by_the_public_functions(dtype, factors, activation):
             )
         case = Case(*shape, dtype, activation=activation, factors=factors, device="cuda", rank=rank)
         check_adding(case, gated, slack=slack)
+    # Enough rows for 156 processors.
+    case = Case(5000, 3000, dtype, activation=activation, factors=factors, device="cuda")
+    for rank in (1, 16, 48, 80):
+        check_projection(case, gated_and_project, rank)
+    A = torch.randn(16, 3000, generator=generator(0, "A")).to(dtype).cuda()
+    twice = [gated_and_project(case.gate, case.up, A, activation=activation, factors=case.factors) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
     made = []
     for _ in range(2):
         case = Case(*shape, dtype, activation=activation, factors=factors, device="cuda", rank=16)
@@ -454,8 +588,13 @@ def test_on_a_gpu_beyond_two_to_the_31_values():
     gate, up = both[:, :columns], both[:, columns:]
     for start in range(0, rows, 10_000):
         both[start : start + 10_000] = torch.randn(10_000, 1, generator=generator(start, "x")).to("cuda")
-    g = torch.ones(rows, columns, dtype=torch.bfloat16, device="cuda")
     last = slice(rows - 100, rows)
+    A = torch.eye(16, columns, device="cuda")
+    act, h = gated_and_project(gate, up, A, activation="silu")
+    assert torch.equal(h, act[:, :16])
+    want = module.gated_torch(gate[last].clone(), up[last].clone(), activation="silu")
+    torch.testing.assert_close(act[last], want, rtol=8e-3, atol=1e-6)
+    g = act.fill_(1.0)
     wanted = [t[last].clone() for t in (g, gate, up)]
     module.gated_backward_torch(*wanted, activation="silu")
     gated_backward(g, gate, up, activation="silu")
