@@ -162,7 +162,7 @@ def half_budget(model: Any, tokens: int) -> int:
     import torch
 
     from deltaw.fuse.block import kept_bytes
-    from deltaw.fuse.keep import HEAD_BYTES, SLACK
+    from deltaw.fuse.keep import BUDGET_SLACK, HEAD_BYTES
 
     config = model.config
     sizes = {
@@ -174,7 +174,7 @@ def half_budget(model: Any, tokens: int) -> int:
     # Beside gradients and two states of the optimizer, the loop keeps what was there at first.
     fixed = torch.cuda.memory_allocated() + 4 * trained + HEAD_BYTES
     kept = config.num_hidden_layers * sum(kept_bytes(keep, tokens, **sizes) for keep in ("all", "input")) / 2
-    return int((fixed + kept) / (1 - SLACK))
+    return int((fixed + kept) / (1 - BUDGET_SLACK))
 
 
 def held_out_loss(model: Any, rows: list[list[int]], batch: int) -> float:

@@ -42,7 +42,7 @@ from deltaw.core.errors import RunError
 from deltaw.fuse.group import Group, Store
 from deltaw.fuse.host_memory import Held, HostMemory
 from deltaw.fuse.linears import Fused
-from deltaw.kernels.gated import gated, gated_backward, gated_backward_low_rank
+from deltaw.kernels.gated import gated, gated_and_project, gated_backward, gated_backward_low_rank
 from deltaw.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward, wide_dtype
 from deltaw.kernels.rotary import norm_rotate, norm_rotate_backward, rotate
 from deltaw.kernels.scaled import scale_and_sum, scaled_add
@@ -170,12 +170,11 @@ class _State:
         if norms:
             self.kept["n2"] = n2
         del n2
-        act = self._act(z)
+        act, self.h[DOWN] = self._act_and_h(z)
         if products:
             self.kept["z"] = z
         del z
-        self.h[DOWN] = self.down.project(act)
-        x2, zd = self._onto(self.down, act, self.h[DOWN], x1)
+        x2, zd = self._onto(self.down, act, self.h[DOWN], x1, ready=True)
         if attentions:
             self.kept["zd"] = zd
         if self.wanted and keep in ("host", "host-attention") and call.host is not None:
@@ -255,11 +254,13 @@ class _State:
         )  # fmt: skip
         return x1, None if o.c is None else z, (n2, rstd)
 
-    def _onto(self, group: Group, x: Tensor, h: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Residual + y, and z where there is a c."""
+    def _onto(
+        self, group: Group, x: Tensor, h: Tensor | None, residual: Tensor, *, ready: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Residual + y, and z where there is a c; `ready` as in `Group.outputs`."""
         if group.c is None:
-            return group.outputs(x, h, onto=residual), None
-        z = group.outputs(x, h)
+            return group.outputs(x, h, onto=residual, ready=ready), None
+        z = group.outputs(x, h, ready=ready)
         return scaled_add(residual, z, group.c, group.bias), z
 
     def _gate_up(self, n2: Tensor) -> Tensor:
@@ -269,15 +270,33 @@ class _State:
         z = self.gate_up.outputs(n2, self.h[GATE_UP], spare=self.gate_up.spare, lean=self._lean)
         return z if self._factors() is not None else self.gate_up.finish(z)
 
+    def _act_and_h(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gated activation (M, inner + down's spare), and down's h (M, P), which stands in the spare part too."""
+        if not self.down.P:
+            return self._act(z), None
+        inner = self.down.columns
+        out = _wide(z, inner, self.down.spare)
+        _, h = gated_and_project(
+            *self._halves(z), self.down.thin.A, activation=self.call.activation, factors=self._factors(),
+            low_rank=self._missing(), out=out[:, :inner], room=out[:, inner:] if self.down.spare else None,
+        )  # fmt: skip
+        return out, h
+
     def _act(self, z: Tensor) -> Tensor:
         """The gated activation (M, inner + down's spare)."""
         out = _wide(z, self.down.columns, self.down.spare)
-        act, factors, low_rank = out[:, : self.down.columns], self._factors(), None
-        if self._lean:
-            (h_gate, B_gate), (h_up, B_up) = self._thin_halves()
-            low_rank = h_gate, B_gate, h_up, B_up
-        gated(*self._halves(z), activation=self.call.activation, factors=factors, low_rank=low_rank, out=act)
+        gated(
+            *self._halves(z), activation=self.call.activation, factors=self._factors(), low_rank=self._missing(),
+            out=out[:, : self.down.columns],
+        )  # fmt: skip
         return out
+
+    def _missing(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """What a lean z lacks."""
+        if not self._lean:
+            return None
+        (h_gate, B_gate), (h_up, B_up) = self._thin_halves()
+        return h_gate, B_gate, h_up, B_up
 
     def _halves(self, z: Tensor) -> tuple[Tensor, Tensor]:
         inner = self.down.columns

@@ -25,7 +25,7 @@ from deltaw.fuse.block import GROUPS, Call, Keep, Norm, kept_bytes, run_block
 from deltaw.fuse.group import Store, join, part
 from deltaw.fuse.head import undisturbed
 from deltaw.fuse.host_memory import HostMemory
-from deltaw.fuse.keep import Room, choose, told, upgrade
+from deltaw.fuse.keep import Room, planned, told, upgrade
 from deltaw.fuse.linears import fused_linear, hooked
 from deltaw.kernels.gated import gated_torch
 from deltaw.kernels.norm import rms_norm_torch
@@ -92,9 +92,11 @@ class Fusion:
         tokens = x.numel() // x.shape[-1]
         if tokens not in self.plans:
             # As if nothing were held: what is kept saves more for its bytes.
-            left = self.room.left(x.device, layer.working_bytes(tokens)) + self.store.held_bytes
-            plan = choose(self.layers, left, lambda keep: layer.bytes_of(keep, tokens))
-            left -= sum(layer.bytes_of(keep, tokens) for keep in plan)
+            again, along = (
+                self.room.left(x.device, layer.working_bytes(tokens, again=again)) + self.store.held_bytes
+                for again in (True, False)
+            )
+            plan, left = planned(self.layers, again, along, lambda keep: layer.bytes_of(keep, tokens))
             holds = self.room.holds and layer.decodes
             most = min(self.held_layers, left // layer.held_bytes, self.layers) if holds else 0
             # 8-bit weights stay of all layers or of none.
@@ -173,13 +175,18 @@ class _Layer:
         total = sum(rows * columns for rows, columns in self.shapes.values())
         return total * (2 if self.fusion.fp8 else self.norms[0].weight.element_size())
 
-    def working_bytes(self, tokens: int) -> int:
-        """Of the backward pass of one layer that kept its input alone."""
+    def working_bytes(self, tokens: int, *, again: bool = True) -> int:
+        """Of the backward pass of one layer beside what it kept: its input alone, or with `again` False all wide ones.
+
+        The second writes gradients over what was kept; dact, partial sums (half of dact's bytes at rank 16) and what
+        passes between layers are new.
+        """
         shapes = self.shapes
         inner, width = shapes["gate"]
         attention = 2 * (shapes["q"][0] + 2 * shapes["k"][0])
+        columns = 3 * inner + 6 * width + attention if again else inner + inner // 2 + 4 * width
         # Gate and up are decoded together.
-        total = (3 * inner + 6 * width + attention) * tokens + 2 * inner * width
+        total = columns * tokens + 2 * inner * width
         if self.fusion.fp8:
             # The widest group's weights by rows and by columns, and its input and gradient, a byte each.
             return total * self.norms[0].weight.element_size() + 4 * inner * width + (2 * inner + width) * tokens

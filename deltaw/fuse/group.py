@@ -241,7 +241,14 @@ class Group:
         return project(x[:, : self.columns], self.thin.A) if self.P else None
 
     def outputs(
-        self, x: Tensor, h: Tensor | None, *, onto: Tensor | None = None, spare: int = 0, lean: bool = False
+        self,
+        x: Tensor,
+        h: Tensor | None,
+        *,
+        onto: Tensor | None = None,
+        spare: int = 0,
+        lean: bool = False,
+        ready: bool = False,
     ) -> Tensor:
         """The linears' z (M, rows), side by side, with their bias where there is no c.
 
@@ -251,6 +258,7 @@ class Group:
             onto: (M, rows), added in the same pass; not written to.
             spare: columns of memory behind the result.
             lean: of products in 8 bits, whether the low-rank part is left to whoever reads z.
+            ready: whether h stands in x's spare columns already.
         """
         B = None if h is None or lean else self.thin.B
         # A product that adds to what is there is slower by more than a pass that adds, and copies `onto` first.
@@ -260,7 +268,8 @@ class Group:
         elif h is not None and x.shape[1] == self.columns + self.P:
             whole, B = self._weight(B=True), None
             assert whole is not None
-            x[:, self.columns :].copy_(h)
+            if not ready:
+                x[:, self.columns :].copy_(h)
             z = torch.mm(x, whole.t(), out=self._empty(x, spare))
         elif h is not None and B is not None and onto is None:
             z = torch.mm(h, B.t(), out=self._empty(x, spare))

@@ -15,8 +15,8 @@ import torch
 from deltaw.fuse.block import Keep
 from deltaw.kernels.linear_cross_entropy import CHUNK_BYTES_CUDA
 
-#: Of a budget, what allocators lose to gaps.
-SLACK = 0.02
+#: Of the card's memory, what allocators lose to gaps; and of a budget, what nobody counted.
+SLACK, BUDGET_SLACK = 0.02, 0.01
 #: What the loss takes: a chunk of logits, which becomes its gradient in place, and hidden states.
 HEAD_BYTES = CHUNK_BYTES_CUDA * 5 // 4
 
@@ -42,10 +42,10 @@ class Room:
         held = torch.cuda.memory_allocated(device)
         if self.budget_bytes is None:
             free, _ = torch.cuda.mem_get_info(device)
-            budget = free + torch.cuda.memory_reserved(device)
+            budget = int((free + torch.cuda.memory_reserved(device)) * (1 - SLACK))
         else:
-            budget = self.budget_bytes
-        return int(budget * (1 - SLACK)) - held - self.later_bytes - max(working_bytes, self.head_bytes)
+            budget = int(self.budget_bytes * (1 - BUDGET_SLACK))
+        return budget - held - self.later_bytes - max(working_bytes, self.head_bytes)
 
 
 def choose(layers: int, left_bytes: int, cost: Callable[[Keep], int]) -> list[Keep]:
@@ -70,6 +70,30 @@ def choose(layers: int, left_bytes: int, cost: Callable[[Keep], int]) -> list[Ke
                 chosen[index] = level
                 left -= more
     return chosen
+
+
+def planned(layers: int, again_bytes: int, along_bytes: int, cost: Callable[[Keep], int]) -> tuple[list[Keep], int]:
+    """What each layer keeps, and how many bytes are left over.
+
+    Layers that make much again need more memory in their backward pass; but those that keep most are the last ones,
+    and what they kept is gone by then.
+
+    Args:
+        layers: how many there are.
+        again_bytes: for all that is kept, during the backward pass of a layer that makes everything again.
+        along_bytes: the same of one that keeps its wide products.
+        cost: bytes of a layer's kept tensors.
+    """
+
+    def left(plan: Sequence[Keep]) -> int:
+        others = [index for index, keep in enumerate(plan) if keep != "all"]
+        before = sum(map(cost, plan[: others[-1] + 1])) if others else 0
+        return min(along_bytes - sum(map(cost, plan)), again_bytes - before if others else along_bytes)
+
+    plan = choose(layers, along_bytes, cost)
+    if left(plan) < 0:
+        plan = choose(layers, again_bytes, cost)
+    return plan, left(plan)
 
 
 def upgrade(chosen: Sequence[Keep], left_bytes: int, cost: Callable[[Keep], int]) -> list[Keep]:
