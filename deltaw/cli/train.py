@@ -26,7 +26,7 @@ PANELS = {
     "Method": "method adapter quantize double_quant merge_aware neftune_alpha",
     "Optimisation": (
         "epochs max_steps batch_size micro_batch_size learning_rate warmup_ratio schedule weight_decay max_grad_norm "
-        "optimizer seed dtype device gradient_checkpointing fast memory_budget fp8 sharding"
+        "optimizer seed dtype device gradient_checkpointing fast memory_budget fp8 attention sharding"
     ),
     "Privacy": "dp noise_multiplier target_epsilon delta unit ledger budget_epsilon",
     "Evaluation": "eval_every early_stopping metric eval_batch_size max_new_tokens evaluate_before baselines",

@@ -21,6 +21,7 @@ from deltaw.core.contexts import sink_context
 from deltaw.core.errors import InputError
 from deltaw.core.generators import generator
 from deltaw.core.protocols import packed_of
+from deltaw.fuse import flash
 from deltaw.fuse.block import GROUPS, Call, Keep, Norm, kept_bytes, run_block
 from deltaw.fuse.group import Store, join, part
 from deltaw.fuse.head import undisturbed
@@ -64,6 +65,7 @@ class Fusion:
         say: takes a line about the plan of each batch longer than those before.
         host: where inputs go that are kept in host memory.
         fp8: names of the linears whose products are made in 8-bit floats.
+        by_flash: whether attention goes to FlashAttention 4 where that takes it.
         store: weights and factors as the linears' products take them.
         handed: see `Call`.
         plans: by tokens of a batch, what each layer keeps.
@@ -76,6 +78,7 @@ class Fusion:
     layers: int = 0
     say: Callable[[str], None] = lambda line: None
     fp8: frozenset[str] = frozenset()
+    by_flash: bool = False
     store: Store = field(default_factory=Store)
     handed: list[Tensor] = field(default_factory=list)
     host: HostMemory = field(default_factory=HostMemory)
@@ -199,6 +202,7 @@ def install_blocks(
     keep: Keep | None = None,
     room: Room | None = None,
     fp8: Fp8 = "none",
+    by_flash: bool = False,
     joins: bool | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[int, int, str | None]:
@@ -212,6 +216,7 @@ def install_blocks(
         keep: what layers keep for the backward pass; None: chosen by `room`.
         room: the memory there is; by default the card's.
         fp8: which products with frozen weights are made in 8-bit floats.
+        by_flash: whether causal attention without a mask is computed by FlashAttention 4, see `flash.py`.
         joins: whether dense weights that read one input become parts of one matrix until `uninstall_blocks`; None: on
             a GPU. False where they will be sharded. Joined ones are views with longer rows: save a model afterwards.
         say: takes a line about what is kept, for each batch longer than those before.
@@ -220,7 +225,7 @@ def install_blocks(
         How many layers are fused, how many there are, and why the first one that is not is left as it is.
     """
     layers = _decoder_layers(model)
-    fusion = Fusion(keep, room or Room(), len(layers), say, FP8[fp8])
+    fusion = Fusion(keep, room or Room(), len(layers), say, FP8[fp8], by_flash)
     reasons: list[str] = []
     found: list[_Layer] = []
     for index, module in enumerate(layers):
@@ -429,7 +434,7 @@ def call_of(layer: _Layer, given: dict[str, Any], keep: Keep | None = None) -> C
         linears=linears,
         cos=cos,
         sin=sin,
-        attend=_attention(attn, given),
+        attend=_attention(attn, given, fusion.by_flash),
         keep=keep or fusion.of(layer, x, masked=given.get("attention_mask") is not None),
         host=fusion.host,
         fp8=fusion.fp8,
@@ -439,7 +444,7 @@ def call_of(layer: _Layer, given: dict[str, Any], keep: Keep | None = None) -> C
     )
 
 
-def _attention(attn: Any, given: dict[str, Any]) -> Any:
+def _attention(attn: Any, given: dict[str, Any], by_flash: bool) -> Any:
     """The call that the layer's own attention would make between rotation and output projection."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -451,6 +456,8 @@ def _attention(attn: Any, given: dict[str, Any]) -> Any:
         rest["sliding_window"] = attn.sliding_window
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if by_flash and flash.takes(q, attn, mask):
+            return flash.attend(q, k, v, attn.scaling)
         with _fastest(q, mask):
             out: Tensor = interface(attn, q, k, v, mask, dropout=0.0, scaling=attn.scaling, **rest)[0]
         return out

@@ -94,6 +94,8 @@ class TrainConfig:
             and make the rest again. None: what the card has.
         fp8: fused layers' products with frozen weights in 8-bit floats: `none`, `all`, or `all-but-down` (the MLP's
             output, which loses most by it, in the base's dtype). Faster on GPUs from compute capability 8.9 on.
+        attention: of fused layers, where it is causal and needs no mask: `sdpa` (torch's, cuDNN's kernels first) or
+            `flash` (FlashAttention 4, the package flash-attn-4), which is faster for rows of many thousand tokens.
         log_every: optimizer steps between lines of `metrics.jsonl`.
         eval_every: optimizer steps between evaluations; 0: once an epoch.
         save_every: optimizer steps between checkpoints; 0: once an epoch.
@@ -157,6 +159,7 @@ class TrainConfig:
     fast: str = "auto"
     memory_budget: str | float | None = None
     fp8: str = "none"
+    attention: str = "sdpa"
     log_every: int = 5
     eval_every: int = 0
     save_every: int = 0
@@ -213,8 +216,10 @@ class TrainConfig:
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("fast", self.fast, ("auto", "on", "off"))
         _choice("fp8", self.fp8, ("none", "all", "all-but-down"))
-        if self.fp8 != "none" and self.fast == "off":
-            raise InputError("fp8 is for fused layers, and fast is off: leave one of them out")
+        _choice("attention", self.attention, ("sdpa", "flash"))
+        for key, asked in (("fp8", self.fp8 != "none"), ("attention flash", self.attention == "flash")):
+            if asked and self.fast == "off":
+                raise InputError(f"{key} is for fused layers, and fast is off: leave one of them out")
         if self.memory_budget is not None:
             bytes_of(self.memory_budget)
             for key, value in (

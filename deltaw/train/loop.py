@@ -16,6 +16,7 @@ from deltaw.core.errors import InputError, MissingExtraError
 from deltaw.core.files import explain_os_error
 from deltaw.core.protocols import packed_of
 from deltaw.data import Collator
+from deltaw.fuse import flash
 from deltaw.fuse.attention import FastCpuAttention
 from deltaw.fuse.block import Keep
 from deltaw.fuse.decoder import install_blocks, leave_checkpointing, uninstall_blocks
@@ -211,6 +212,8 @@ def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
         raise InputError(
             f"fp8 is for GPUs, and the model is on {model.device.type}: give fast on too, to try it slowly"
         )
+    if config.attention == "flash" and (objection := flash.objection(model.device)) is not None:
+        raise InputError(f"attention flash: {objection}, or leave it out")
     if config.fast == "off" or (config.fast == "auto" and not cuda):
         return
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -224,7 +227,15 @@ def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
     )
     keep: Keep | None = "input" if config.gradient_checkpointing else None
     joins = None if config.sharding == "none" else False
-    fused, layers, reason = install_blocks(model, keep=keep, room=room, fp8=config.fp8, joins=joins, say=say)  # type: ignore[arg-type]
+    fused, layers, reason = install_blocks(
+        model,
+        keep=keep,
+        room=room,
+        fp8=config.fp8,  # type: ignore[arg-type]
+        by_flash=config.attention == "flash",
+        joins=joins,
+        say=say,
+    )
     if fused:
         # With gradients by example, and once weights are merged, layers run their own forward.
         if config.gradient_checkpointing and not config.dp and not config.merge_aware:
@@ -232,7 +243,8 @@ def _fuse(model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
         say(f"{fused} of {layers} layers fused" + (f" ({reason})" if reason else ""))
         return
     asked_for = {
-        "fast on": config.fast == "on", "memory_budget": config.memory_budget is not None, "fp8": config.fp8 != "none"
+        "fast on": config.fast == "on", "memory_budget": config.memory_budget is not None, "fp8": config.fp8 != "none",
+        "attention flash": config.attention == "flash",
     }  # fmt: skip
     for key, asked in asked_for.items():
         if asked:

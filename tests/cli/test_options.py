@@ -98,6 +98,7 @@ TYPED: dict[str, tuple[object, object]] = {
     "fast": ("off", "off"),
     "memory_budget": ("10.4GB", "10.4GB"),
     "fp8": ("all", "all"),
+    "attention": ("flash", "flash"),
     "quantize": ("nf4", "nf4"),
     "optimizer": ("paged_adamw", "paged_adamw"),
     "method": ("lora", "lora"),

@@ -13,7 +13,7 @@ from torch import nn
 
 import deltaw as dw
 from deltaw.core.errors import RunError
-from deltaw.fuse import decoder, group, thin
+from deltaw.fuse import decoder, flash, group, thin
 from deltaw.fuse.block import KEEPS, kept_bytes
 from deltaw.fuse.decoder import install_blocks, needs_mask, uninstall_blocks
 from deltaw.fuse.host_memory import HostMemory
@@ -181,6 +181,44 @@ def test_a_pass_that_is_not_taken_back_leaves_nothing_in_host_memory():
         model.model(**batch).last_hidden_state.sum().backward()
         assert not host._held
         uninstall_blocks(model)
+
+
+def test_another_attention_where_it_was_asked_for_and_can_be_had(monkeypatch):
+    calls = []
+
+    def attend(q, k, v, scaling):
+        calls.append(q.shape)
+        made = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        return made.transpose(1, 2)
+
+    monkeypatch.setattr(flash, "attend", attend)
+    takes = flash.takes
+    assert not takes(torch.randn(1, 2, 3, 4), SimpleNamespace(is_causal=True), None), "it is not for the CPU"
+    like = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 2, 3, 4))
+    monkeypatch.setattr(flash, "takes", lambda q, attn, mask: takes(like, attn, mask))
+    for family, padded, taken in (("llama", False, 3), ("llama", True, 0), ("mistral", False, 0)):
+        model, batch = model_of(family, "lora"), batch_of(padded=padded)
+        wanted = gradients(model, batch)
+        install_blocks(model, keep="host-attention", by_flash=True)
+        calls.clear()
+        assert_like(gradients(model, batch), wanted, CLOSE)
+        assert calls == [(3, 4, 11, 8)] * taken
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(flash.objection(torch.device("cuda")) is not None, reason="no FlashAttention 4")
+@pytest.mark.parametrize("keep", ["all", "host-attention"])
+def test_flash_attention_is_sdpa(keep):
+    model = model_of("llama", "lora", torch.bfloat16, head_dim=64, max_position_embeddings=512).cuda()
+    ids = torch.randint(0, 99, (2, 300), generator=torch.Generator().manual_seed(1)).cuda()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    found = []
+    for by_flash in (False, True):
+        install_blocks(model, keep=keep, by_flash=by_flash)
+        hidden, grads = gradients(model, batch)
+        found.append((hidden.float(), {name: grad.float() for name, grad in grads.items()}))
+        uninstall_blocks(model)
+    assert_like(*found, 2e-2)
 
 
 @pytest.mark.gpu

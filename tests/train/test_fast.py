@@ -72,6 +72,8 @@ def test_what_cannot_be(place, tmp_path):
         train(place, tmp_path / "a", family="gpt2", fast="on")
     with pytest.raises(InputError, match="memory_budget is a GPU's, and the model is on cpu"):
         train(place, tmp_path / "b", memory_budget="1GB")
+    with pytest.raises(InputError, match=r"attention flash: it (needs the package|runs on GPUs)"):
+        train(place, tmp_path / "c", attention="flash")
     for keys, said in (
         ({"fast": "off", "memory_budget": "1GB"}, "memory_budget chooses what fused layers keep, which fast off"),
         ({"gradient_checkpointing": True, "memory_budget": "1GB"}, "which gradient_checkpointing settles"),
@@ -79,6 +81,8 @@ def test_what_cannot_be(place, tmp_path):
         ({"fast": "yes"}, "unknown fast 'yes'"),
         ({"fp8": "some"}, "unknown fp8 'some'"),
         ({"fp8": "all", "fast": "off"}, "fp8 is for fused layers, and fast is off"),
+        ({"attention": "eager"}, "unknown attention 'eager'"),
+        ({"attention": "flash", "fast": "off"}, "attention flash is for fused layers, and fast is off"),
     ):
         with pytest.raises(InputError, match=said):
             make_config({"model": "m", "data": "d", "output": "o", **keys})
