@@ -243,16 +243,15 @@ class _State:
         o, norm = self.o, self.call.norms[1]
         if OUT not in self.h:
             self.h[OUT] = o.project(a)
-        if not o.spare or (o.c is not None and o.bias is not None):
+        if o.c is None or o.bias is not None:
             x1, zo = self._onto(o, a, self.h[OUT], x0)
             return x1, zo, self._normed(1, x1, self.gate_up)
-        z = o.outputs(a, self.h[OUT])
+        zo = o.outputs(a, self.h[OUT])
         n2 = _wide(x0, x0.shape[1], self.gate_up.spare)
         x1, _, rstd = add_rms_norm(
-            x0, z, norm.weight, eps=norm.eps, style=norm.style, factor=o.c, out=z if o.c is None else None,
-            norm_out=n2[:, : x0.shape[1]],
-        )  # fmt: skip
-        return x1, None if o.c is None else z, (n2, rstd)
+            x0, zo, norm.weight, eps=norm.eps, style=norm.style, factor=o.c, norm_out=n2[:, : x0.shape[1]]
+        )
+        return x1, zo, (n2, rstd)
 
     def _onto(
         self, group: Group, x: Tensor, h: Tensor | None, residual: Tensor, *, ready: bool = False

@@ -99,7 +99,12 @@ class Fusion:
                 self.room.left(x.device, layer.working_bytes(tokens, again=again)) + self.store.held_bytes
                 for again in (True, False)
             )
-            plan, left = planned(self.layers, again, along, lambda keep: layer.bytes_of(keep, tokens))
+            for moved in (0, layer.moved_bytes(tokens)):
+                plan, left = planned(
+                    self.layers, again - moved, along - moved, lambda keep: layer.bytes_of(keep, tokens)
+                )
+                if "host" not in plan:
+                    break
             holds = self.room.holds and layer.decodes
             most = min(self.held_layers, left // layer.held_bytes, self.layers) if holds else 0
             # 8-bit weights stay of all layers or of none.
@@ -177,6 +182,11 @@ class _Layer:
         """Of the weights as products take them: in 8 bits by rows and by columns, or decoded."""
         total = sum(rows * columns for rows, columns in self.shapes.values())
         return total * (2 if self.fusion.fp8 else self.norms[0].weight.element_size())
+
+    def moved_bytes(self, tokens: int) -> int:
+        """Of what one layer keeps on the host: some of another layer's is on the card, on its way."""
+        shapes = self.shapes
+        return (shapes["q"][1] + shapes["q"][0]) * tokens * self.norms[0].weight.element_size()
 
     def working_bytes(self, tokens: int, *, again: bool = True) -> int:
         """Of the backward pass of one layer beside what it kept: its input alone, or with `again` False all wide ones.

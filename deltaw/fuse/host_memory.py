@@ -3,6 +3,10 @@
 A copy to pinned memory takes the bus for as long as a layer's products take the card many times over, so on a stream of
 its own it costs nothing; on the way back the copy of the next one that will be asked for is under way while the present
 one is used. Buffers are pinned once and used again.
+
+Device memory is always that of the stream that computes, which waits for a copy before what was copied is let go, some
+tensors later. So it can be used again at once, however far the host is ahead of the device; memory recorded for another
+stream would come back only when the device gets there.
 """
 
 from __future__ import annotations
@@ -13,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Tensors whose copies to the host may be under way.
+LEAVING = 3
+
 
 @dataclass(eq=False)
 class Held:
-    """One tensor: its copy in host memory, and on its way back the one on the device."""
+    """One tensor: its copy in host memory; and while it leaves, or on its way back, the one on the device."""
 
     host: Tensor
     device: torch.device
     done: Any = None
-    back: Tensor | None = None
+    here: Tensor | None = None
 
 
 class HostMemory:
@@ -30,22 +37,21 @@ class HostMemory:
     def __init__(self) -> None:
         self._free: dict[tuple[Any, ...], list[Tensor]] = {}
         self._held: list[Held] = []
+        self._leaving: list[Held] = []
         self._streams: dict[torch.device, Any] = {}
 
     def put(self, tensor: Tensor) -> Held:
-        """Starts copying a contiguous tensor, whose device memory is free once that is done and nobody else has it."""
+        """Starts copying a contiguous tensor, which nobody may write to any more."""
         key = (tensor.shape, tensor.dtype, tensor.device)
         spare = self._free.get(key)
-        cuda = tensor.is_cuda
-        host = spare.pop() if spare else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
+        host = spare.pop() if spare else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         held = Held(host, tensor.device)
-        if cuda:
-            stream = self._stream(tensor.device)
-            stream.wait_stream(torch.cuda.current_stream(tensor.device))
-            with torch.cuda.stream(stream):
-                host.copy_(tensor, non_blocking=True)
-                held.done = stream.record_event()
-            tensor.record_stream(stream)
+        if tensor.is_cuda:
+            while len(self._leaving) >= LEAVING:
+                self._let_go(self._leaving.pop(0))
+            self._copy(held, host, tensor)
+            held.here = tensor
+            self._leaving.append(held)
         else:
             host.copy_(tensor)
         self._held.append(held)
@@ -53,38 +59,48 @@ class HostMemory:
 
     def take(self, held: Held) -> Tensor:
         """The tensor, on its device again."""
+        if held in self._leaving:
+            self._leaving.remove(held)
         self._fetch(held)
-        result = held.back
+        result = held.here
         assert result is not None
-        if held.device.type == "cuda":
-            current = torch.cuda.current_stream(held.device)
-            current.wait_event(held.done)
-            result.record_stream(current)
         self.drop(held)
         self._free.setdefault((held.host.shape, held.host.dtype, held.device), []).append(held.host)
+        # What is asked for next stays, or comes.
+        while self._leaving and self._leaving[0] is not self._held[-1]:
+            self._let_go(self._leaving.pop(0))
         if self._held:
             self._fetch(self._held[-1])
         return result
 
     def drop(self, held: Held) -> None:
         """Forgets a tensor that nobody will take any more, if it is still here."""
-        held.back = None
+        if held in self._leaving:
+            self._leaving.remove(held)
+        self._let_go(held)
         if held in self._held:
             self._held.remove(held)
 
-    def _fetch(self, held: Held) -> None:
-        if held.back is not None:
-            return
-        if held.device.type != "cuda":
-            held.back = held.host.clone()
-            return
-        stream = self._stream(held.device)
-        with torch.cuda.stream(stream):
-            stream.wait_event(held.done)
-            held.back = held.host.to(held.device, non_blocking=True)
-            held.done = stream.record_event()
+    def _let_go(self, held: Held) -> None:
+        """Of the tensor on the device, once its copy is done."""
+        if held.done is not None:
+            torch.cuda.current_stream(held.device).wait_event(held.done)
+        held.here = None
 
-    def _stream(self, device: torch.device) -> Any:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
+    def _fetch(self, held: Held) -> None:
+        if held.here is not None:
+            return
+        if held.device.type == "cuda":
+            held.here = torch.empty_like(held.host, device=held.device)
+            self._copy(held, held.here, held.host)
+        else:
+            held.here = held.host.clone()
+
+    def _copy(self, held: Held, target: Tensor, source: Tensor) -> None:
+        if held.device not in self._streams:
+            self._streams[held.device] = torch.cuda.Stream(held.device)
+        stream = self._streams[held.device]
+        stream.wait_stream(torch.cuda.current_stream(held.device))
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            held.done = stream.record_event()
