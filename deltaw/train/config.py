@@ -325,7 +325,8 @@ def _check_types(config: TrainConfig) -> None:
             raise InputError(f"{item.name} is {value!r}: expected a whole number")
         if kind == "bool" and not isinstance(value, bool):
             raise InputError(f"{item.name} is {value!r}: expected true or false")
-        if kind.startswith("str") and not isinstance(value, str) and not optional:
+        text = isinstance(value, str) or (number and "float" in kind)
+        if kind.startswith("str") and not text and not optional:
             raise InputError(f"{item.name} is {value!r}: expected text")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import small_runs
+import torch
 
 from deltaw.core.errors import InputError
 from deltaw.fuse import decoder
@@ -88,7 +91,26 @@ def test_what_cannot_be(place, tmp_path):
             make_config({"model": "m", "data": "d", "output": "o", **keys})
 
 
+def test_what_lives_before_training_is_not_walked_through_by_the_collector(place, tmp_path, monkeypatch):
+    counts = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda *args, **kw: counts.append(gc.get_freeze_count()) or step(*args, **kw)
+    )
+    train(place, tmp_path / "a", max_steps=2)
+    assert len(counts) == 2 and min(counts) > 10_000
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    mine = gc.get_freeze_count()
+    train(place, tmp_path / "b", max_steps=1)
+    assert gc.get_freeze_count() > 0.9 * mine, "somebody else's stay where they are"
+    gc.unfreeze()
+
+
 def test_sizes_in_bytes():
+    for size in (1834747862, 8e9, "8GB"):
+        config = make_config({"model": "m", "data": "d", "output": "o", "memory_budget": size})
+        assert config.memory_budget == size
     assert [bytes_of(x) for x in ("10.4GB", "8GiB", " 512 mb", "1.5KiB", 1000, "7")] == [
         10_400_000_000, 8 << 30, 512_000_000, 1536, 1000, 7
     ]  # fmt: skip
