@@ -487,14 +487,8 @@ class _State:
         """Of the trained tensors, in their order and dtypes."""
         result: list[Tensor | None] = []
         for name, linear in self.call.linears.items():
-            low = linear.low
-            if low is None:
-                continue
-            for tensor, gradient in zip((low.A, low.B, low.out_scale), self.found[name], strict=True):
-                # Whether it is trained may have changed since.
-                if any(tensor is one for one in linear.trained):
-                    assert tensor is not None and gradient is not None
-                    result.append(gradient.to(tensor.dtype))
+            if linear.trained:
+                result += linear.gradients(*self.found[name])
         return result
 
 

@@ -430,8 +430,7 @@ def call_of(layer: _Layer, given: dict[str, Any], keep: Keep | None = None) -> C
         if linear.weight.dtype != x.dtype:
             return "weights and activations differ in dtype"
         linears[name] = linear
-    factors = [linears[name].factor is None for name in ("gate", "up")]
-    if factors[0] != factors[1]:
+    if linears["gate"].scaled != linears["up"].scaled:
         return "one of gate and up has magnitudes"
     rotation = given.get("position_embeddings")
     cos, sin = rotation if rotation is not None else (None, None)

@@ -95,9 +95,6 @@ class Group:
         self.widths = [linear.weight.shape[0] for linear in linears]
         self.rows, self.columns = sum(self.widths), linears[0].weight.shape[1]
         self.P = _padded(sum(linear.rank for linear in linears))
-        c = self._one([None if linear.factor is None else linear.factor.detach() for linear in linears], 1.0)
-        # Of several linears dc is found by dividing by it, see `scale_gradients`.
-        self.c = c if c is None or len(linears) == 1 else _apart(c)
         self.bias = self._one([linear.bias for linear in linears], 0.0)
         self.packed: list[Any] = [getattr(linear.weight, "packed", None) for linear in linears]
         self.decoded = all(isinstance(weight, NF4Weight) for weight in self.packed)
@@ -105,6 +102,9 @@ class Group:
         #: Columns that x and g may have behind them.
         self.spare = self.P if self.joined is not None or (self.decoded and not fp8) else 0
         self._thin: Thin | None = None
+        self._c: Tensor | None = None
+        #: What was decoded for the norms, for the product that comes next.
+        self._decoded: Tensor | None = None
         #: K of all linears side by side (M, P), after `backward`.
         self.k: Tensor | None = None
 
@@ -154,6 +154,33 @@ class Group:
         return whole
 
     # Factors.
+
+    @property
+    def c(self) -> Tensor | None:
+        """C of all linears side by side (out,), or None."""
+        if self._c is None and any(linear.scaled for linear in self.linears):
+            self._settle()
+            factors = [linear.factor for linear in self.linears]
+            c = self._one([None if factor is None else factor.detach() for factor in factors], 1.0)
+            # Of several linears dc is found by dividing by it, see `scale_gradients`.
+            self._c = c if c is None or len(self.linears) == 1 else _apart(c)
+        return self._c
+
+    def _settle(self) -> None:
+        """The norms of those that have none yet, with one reading of W for all."""
+        if all(linear.part is None for linear in self.linears):
+            return
+        W = self._weight(B=True)
+        U = None if W is None else W[:, : self.columns] @ self.thin.A.t()
+        if self.joined is None and not self.fp8:
+            self._decoded = W
+        row = at = 0
+        for linear, width in zip(self.linears, self.widths, strict=True):
+            if linear.part is not None and U is not None:
+                linear.known_norm(U[row : row + width, at : at + linear.rank])
+            elif linear.part is not None and linear.low is not None:
+                linear.known_norm(linear.weight.matmul(linear.low.A.detach().to(self.dtype)).t())
+            row, at = row + width, at + linear.rank
 
     @property
     def thin(self) -> Thin:
@@ -207,6 +234,9 @@ class Group:
             return self.joined[: self.rows + below, : self.columns + behind]
         if not self.decoded:
             return None
+        if self._decoded is not None and not A:
+            whole, self._decoded = self._decoded, None
+            return whole[:, : self.columns + behind]
         device = self.packed[0].device
         made = torch.empty(self.rows + below, self.columns + behind, dtype=self.dtype, device=device)
         dequantize_all(self.packed, made[: self.rows, : self.columns])
@@ -260,6 +290,7 @@ class Group:
             lean: of products in 8 bits, whether the low-rank part is left to whoever reads z.
             ready: whether h stands in x's spare columns already.
         """
+        scaled = self.c is not None
         B = None if h is None or lean else self.thin.B
         # A product that adds to what is there is slower by more than a pass that adds, and copies `onto` first.
         if self.fp8:
@@ -280,7 +311,7 @@ class Group:
             z = z.addmm_(h, B.t()) if onto is None else add_product(onto, h, B, z=z, out=z)
         elif onto is not None:
             z.add_(onto)
-        return z if self.bias is None or self.c is not None else z.add_(self.bias.to(z.dtype))
+        return z if self.bias is None or scaled else z.add_(self.bias.to(z.dtype))
 
     def _empty(self, x: Tensor, spare: int) -> Tensor:
         return x.new_empty(len(x), self.rows + spare)[:, : self.rows]
@@ -323,7 +354,7 @@ class Group:
         offset = None if self.bias is None else self.bias * g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
         _, total = scale_and_sum(g, y, self.c, out=g)
         found = ((total if offset is None else total - offset) / self.c.to(total.dtype)).split(self.widths)
-        return [None if linear.factor is None else one for linear, one in zip(self.linears, found, strict=True)]
+        return [one if linear.scaled else None for linear, one in zip(self.linears, found, strict=True)]
 
     def backward(
         self,

@@ -30,13 +30,26 @@ class Fused:
         weight: W.
         bias: (out,) in the input's dtype, frozen.
         low: factors, any dtype; None: no adapter is active.
-        trained: which of A, B and c want gradients.
+        trained: which of A, B and c want gradients; of a part that is to be normed its magnitude in the place of c.
+        part: a DoRA whose norm is not known yet, and c neither.
+        norm: of the part, (out,), once it is known.
     """
 
     weight: BaseWeight
     bias: Tensor | None
     low: LowRank | None
     trained: list[Tensor] = field(default_factory=list)
+    part: Any = None
+    norm: Tensor | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether there is a c."""
+        return self.part is not None or (self.low is not None and self.low.out_scale is not None)
+
+    def known_norm(self, U: Tensor) -> None:
+        """Settles the part's norm, and c, by U = W A^T (out, r)."""
+        self.norm = self.part.norm(U)
 
     @property
     def rank(self) -> int:
@@ -45,8 +58,27 @@ class Fused:
 
     @property
     def factor(self) -> Tensor | None:
-        """C (out,), or None."""
+        """C (out,), or None; asked for once the norm is known."""
+        if self.part is not None:
+            assert self.norm is not None
+            factor: Tensor = self.part.magnitude.detach().to(self.norm.dtype) / self.norm
+            return factor
         return None if self.low is None else self.low.out_scale
+
+    def gradients(self, dA: Tensor | None, dB: Tensor | None, dc: Tensor | None) -> list[Tensor]:
+        """Of what is trained, in its order and dtypes, given those of A, B and c."""
+        if self.low is None:
+            return []
+        last = self.low.out_scale
+        if self.norm is not None and dc is not None:
+            last, dc = self.part.magnitude, dc / self.norm
+        result = []
+        for tensor, gradient in zip((self.low.A, self.low.B, last), (dA, dB, dc), strict=True):
+            # Whether it is trained may have changed since.
+            if any(tensor is one for one in self.trained):
+                assert tensor is not None and gradient is not None
+                result.append(gradient.to(tensor.dtype))
+        return result
 
 
 def fused_linear(module: nn.Module) -> Fused | str:
@@ -68,38 +100,43 @@ def fused_linear(module: nn.Module) -> Fused | str:
         return "something stands beside a projection's adapter"
     if site.merge_aware:
         return "it trains through merged weights"
-    low = _combined(site)
-    return low if isinstance(low, str) else Fused(site.weight, bias, low, _trained(low))
+    found = _combined(site)
+    if isinstance(found, str):
+        return found
+    low, part = found
+    if low is None:
+        return Fused(site.weight, bias, None)
+    scale = low.out_scale if part is None else part.magnitude
+    tensors = [low.A, low.B, *([] if scale is None else [scale])]
+    return Fused(site.weight, bias, low, [tensor for tensor in tensors if tensor.requires_grad], part)
 
 
-def _combined(site: AdaptedSite) -> LowRank | str | None:
-    factors: list[tuple[LowRank, float]] = []
+def _combined(site: AdaptedSite) -> tuple[LowRank | None, Any] | str:
+    """What is active as one, and the part that is still to be normed."""
+    factors: list[tuple[LowRank, float, Any]] = []
     for part, weight in site.chosen():
         if part.replaces or hasattr(part, "prepare") or part.shift() is not None:
             return "an adapter is more than low-rank factors"
-        low = part.low_rank()
+        unnormed = part.factors_to_norm() if hasattr(part, "factors_to_norm") else None
+        low = unnormed or part.low_rank()
         if low is None or low.A.dim() != 2:
             return "an adapter has no low-rank factors"
         if part.training and part.dropout:
             return "an adapter has dropout"
-        factors.append((low, weight))
+        factors.append((low, weight, part if unnormed is not None else None))
     if not factors:
-        return None
+        return None, None
+    scaled = [low.out_scale is not None or part is not None for low, _, part in factors]
     if len(factors) == 1:
-        low, weight = factors[0]
-        if low.out_scale is not None and weight != 1:
+        low, weight, part = factors[0]
+        if scaled[0] and weight != 1:
             return "a DoRA is weighted"
-        return LowRank(low.A, low.B, low.scale * weight, low.out_scale)
-    if any(low.out_scale is not None for low, _ in factors):
+        return LowRank(low.A, low.B, low.scale * weight, low.out_scale), part
+    if any(scaled):
         return "several adapters with magnitudes are active"
-    A = torch.cat([low.A for low, _ in factors])
-    B = torch.cat([low.B * (low.scale * weight) for low, weight in factors], dim=1)
-    return LowRank(A, B, 1.0)
-
-
-def _trained(low: LowRank | None) -> list[Tensor]:
-    tensors = [] if low is None else [low.A, low.B, *([] if low.out_scale is None else [low.out_scale])]
-    return [tensor for tensor in tensors if tensor.requires_grad]
+    A = torch.cat([low.A for low, _, _ in factors])
+    B = torch.cat([low.B * (low.scale * weight) for low, weight, _ in factors], dim=1)
+    return LowRank(A, B, 1.0), None
 
 
 def hooked(module: nn.Module) -> bool:

@@ -118,19 +118,23 @@ class DoraPart(LoraPart):
         return low
 
     @torch.no_grad()
-    def norm(self) -> Tensor:
-        """||W + scale B A|| by rows: (out,), float32 or wider."""
+    def norm(self, U: Tensor | None = None) -> Tensor:
+        """||W + scale B A|| by rows: (out,), float32 or wider; U is W A^T (out, r), where somebody has it."""
         if self._kept is not None:
             return self._kept
         low, weight, squared = self._factors(), self._weight, self.squared()
         A = low.A.detach()
-        if self.kind == "embedding":
+        if U is None and self.kind == "embedding":
             U = _EmbeddingWeight(weight).times(A)
-        else:
+        elif U is None:
             U = weight.matmul(A.to(weight.dtype)).t()
         made = row_norms(squared, U, A, low.B, low.scale)
         self._kept = made if self.is_steady else None
         return made
+
+    def factors_to_norm(self) -> LowRank | None:
+        """A, B and the scale, where the norm is still to be computed: `norm` takes W A^T of who reads W anyway."""
+        return self._factors() if self._kept is None else None
 
     def low_rank(self) -> LowRank | None:
         """A, B, the scale, and m over the norm by rows."""

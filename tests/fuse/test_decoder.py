@@ -19,6 +19,7 @@ from deltaw.fuse.decoder import install_blocks, needs_mask, uninstall_blocks
 from deltaw.fuse.host_memory import HostMemory
 from deltaw.fuse.keep import Room, choose, planned, told, upgrade
 from deltaw.quant import quantize_model
+from deltaw.quant.weight import NF4Weight
 
 SHAPE = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -504,6 +505,21 @@ def saved_bytes(model, batch, layer):
     walk({name: value for name, value in state.kept.items() if name != "graph"})
     walk(state.x0)
     return sum(size for pointer, size in seen.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.parametrize("keep", ["all", "input"])
+def test_a_dora_s_norms_take_no_decoding_of_their_own(keep, joins, monkeypatch):
+    model, batch = model_of("llama", "dora", torch.float32, four_bits=True), batch_of()
+    wanted = gradients(model, batch)
+    install_blocks(model, keep=keep, joins=joins)
+    counts = []
+    decode = group.dequantize_all
+    monkeypatch.setattr(group, "dequantize_all", lambda *args: counts.append(1) or decode(*args))
+    monkeypatch.setattr(NF4Weight, "matmul", lambda *args: pytest.fail("a weight was decoded by itself"))
+    assert_like(gradients(model, batch), wanted, CLOSE)
+    # Forward, again where only the input was kept, and back, but not to the first layer's input.
+    assert len(counts) == 3 * (8 if keep == "all" else 12) - 1
 
 
 @pytest.mark.parametrize("four_bits", [False, True])
