@@ -69,6 +69,25 @@ class Norm:
 
 
 @dataclass
+class Passed:
+    """A layer's output normed for the next one, in the pass that made it.
+
+    Attributes:
+        of: the output, as long as it is there.
+        version: of it.
+        norm: that was computed.
+        normed: (M, d and some room).
+        rstd: its reciprocal norms.
+    """
+
+    of: weakref.ref[Tensor]
+    version: int
+    norm: Norm
+    normed: Tensor
+    rstd: Tensor
+
+
+@dataclass
 class Call:
     """A layer's forward pass: what it computes with.
 
@@ -86,6 +105,8 @@ class Call:
         store: what stays between calls.
         handed: the last gradient that a fused layer handed on, with the room behind it.
         index: of the layer.
+        following: the norm that the next layer begins with, where that is fused too.
+        passed: what the last layer made of its output for the next one.
     """
 
     head_dim: int
@@ -102,6 +123,8 @@ class Call:
     store: Store = field(default_factory=Store)
     handed: list[Tensor] = field(default_factory=list)
     index: int = 0
+    following: Norm | None = None
+    passed: list[Passed] = field(default_factory=list)
 
     def group(self, names: str, dtype: torch.dtype) -> Group:
         """The group of some linears, by their names with blanks between."""
@@ -143,6 +166,7 @@ class _State:
 
     def __init__(self, call: Call, x: Tensor, wanted: bool) -> None:
         self.call, self.shape, self.wanted = call, x.shape, wanted
+        self.x = weakref.ref(x)
         self.x0: Tensor | None = x.detach().reshape(-1, x.shape[-1])
         self.qkv, self.o, self.gate_up, self.down = (call.group(names, x.dtype) for names in GROUPS)
         self.h: dict[str, Tensor | None] = {}
@@ -174,7 +198,7 @@ class _State:
         if products:
             self.kept["z"] = z
         del z
-        x2, zd = self._onto(self.down, act, self.h[DOWN], x1, ready=True)
+        x2, zd, n3 = self._after_mlp(x1, act)
         if attentions:
             self.kept["zd"] = zd
         if self.wanted and keep in ("host", "host-attention") and call.host is not None:
@@ -187,6 +211,9 @@ class _State:
             self.x0 = None
         # No view of another tensor in autograd's eyes, which FSDP2 would warn of.
         made: Tensor = torch.ops.aten._unsafe_view(x2, self.shape)
+        call.passed.clear()
+        if n3 is not None and call.following is not None:
+            call.passed.append(Passed(weakref.ref(made), made._version, call.following, *n3))
         return made
 
     def _normed(self, which: int, x: Tensor, group: Group | None) -> tuple[Tensor, Tensor]:
@@ -210,7 +237,7 @@ class _State:
     def _queries(self, x0: Tensor, *, norm: bool) -> tuple[list[Tensor], dict[str, Any]]:
         """Q, k, v (batch, seq, heads, head_dim) as attention sees them, and what else is to be kept with them."""
         call = self.call
-        n1 = self._normed(0, x0, self.qkv)
+        n1 = self._passed() or self._normed(0, x0, self.qkv)
         if QKV not in self.h:
             self.h[QKV] = self.qkv.project(n1[0])
         y = self.qkv.finish(self.qkv.outputs(n1[0], self.h[QKV]))
@@ -228,6 +255,15 @@ class _State:
         elif call.cos is not None and call.sin is not None:
             rotate(qk, call.cos, call.sin)
         return [t.detach() for t in (q, k, v)], found
+
+    def _passed(self) -> tuple[Tensor, Tensor] | None:
+        """The first norm, where the layer before this one has made it in this pass."""
+        if not self.call.passed:
+            return None
+        known, x = self.call.passed.pop(), self.x()
+        same = x is not None and known.of() is x and known.version == x._version
+        fits = known.norm == self.call.norms[0] and known.normed.shape[1] == self.shape[-1] + self.qkv.spare
+        return (known.normed, known.rstd) if same and fits else None
 
     def _heads(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys as (batch, seq, heads of both, head_dim), and values, as views of q, k and v in a row."""
@@ -252,6 +288,18 @@ class _State:
             x0, zo, norm.weight, eps=norm.eps, style=norm.style, factor=o.c, norm_out=n2[:, : x0.shape[1]]
         )
         return x1, zo, (n2, rstd)
+
+    def _after_mlp(self, x1: Tensor, act: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """X2, down's z where it has a c, and where it takes no pass more the norm of x2 that comes next."""
+        down, norm = self.down, self.call.following
+        if norm is None or down.c is not None or not down.spare:
+            return *self._onto(down, act, self.h[DOWN], x1, ready=True), None
+        z = down.outputs(act, self.h[DOWN], ready=True)
+        n3 = _wide(x1, x1.shape[1], self.qkv.spare)
+        x2, _, rstd = add_rms_norm(
+            x1, z, norm.weight, eps=norm.eps, style=norm.style, out=z, norm_out=n3[:, : x1.shape[1]]
+        )
+        return x2, None, (n3, rstd)
 
     def _onto(
         self, group: Group, x: Tensor, h: Tensor | None, residual: Tensor, *, ready: bool = False
@@ -331,6 +379,7 @@ class _State:
     def backward(self, grad: Tensor, *, need_x: bool) -> Tensor | None:
         """Dx0 (batch, seq, d)."""
         self.call.store.factors.trained()
+        self.call.passed.clear()
         self._restore()
         dx1 = self._mlp_backward(self._received(grad))
         dx0 = self._attention_backward(dx1, need_x=need_x)

@@ -22,7 +22,7 @@ from deltaw.core.errors import InputError
 from deltaw.core.generators import generator
 from deltaw.core.protocols import packed_of
 from deltaw.fuse import flash
-from deltaw.fuse.block import GROUPS, Call, Keep, Norm, kept_bytes, run_block
+from deltaw.fuse.block import GROUPS, Call, Keep, Norm, Passed, kept_bytes, run_block
 from deltaw.fuse.group import Store, join, part
 from deltaw.fuse.head import undisturbed
 from deltaw.fuse.host_memory import HostMemory
@@ -68,6 +68,8 @@ class Fusion:
         by_flash: whether attention goes to FlashAttention 4 where that takes it.
         store: weights and factors as the linears' products take them.
         handed: see `Call`.
+        passed: see `Call`.
+        firsts: by layer, the norm that it begins with.
         plans: by tokens of a batch, what each layer keeps.
         far: by tokens of a batch and of a row, whether attention's output goes where inputs go.
         held_layers: of how many layers decoded weights may stay, whatever the batch.
@@ -81,6 +83,8 @@ class Fusion:
     by_flash: bool = False
     store: Store = field(default_factory=Store)
     handed: list[Tensor] = field(default_factory=list)
+    passed: list[Passed] = field(default_factory=list)
+    firsts: dict[int, Norm] = field(default_factory=dict)
     host: HostMemory = field(default_factory=HostMemory)
     plans: dict[int, list[Keep]] = field(default_factory=dict)
     far: dict[tuple[int, int], bool] = field(default_factory=dict)
@@ -249,6 +253,7 @@ def install_blocks(
         reasons += objections.values()
         found = [layer for layer in found if layer.index not in objections]
     for layer in found:
+        fusion.firsts[layer.index] = layer.norms[0]
         layer.module.__dict__[_STATE] = layer
         layer.module.__dict__["forward"] = MethodType(_replacement(type(layer.module).forward), layer.module)
         if joins or (joins is None and layer.norms[0].weight.is_cuda):
@@ -450,6 +455,8 @@ def call_of(layer: _Layer, given: dict[str, Any], keep: Keep | None = None) -> C
         store=fusion.store,
         handed=fusion.handed,
         index=layer.index,
+        following=fusion.firsts.get(layer.index + 1),
+        passed=fusion.passed,
     )
 
 

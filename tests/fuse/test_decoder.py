@@ -13,7 +13,7 @@ from torch import nn
 
 import deltaw as dw
 from deltaw.core.errors import RunError
-from deltaw.fuse import decoder, flash, group, thin
+from deltaw.fuse import block, decoder, flash, group, thin
 from deltaw.fuse.block import KEEPS, kept_bytes
 from deltaw.fuse.decoder import install_blocks, needs_mask, uninstall_blocks
 from deltaw.fuse.host_memory import HostMemory
@@ -505,6 +505,35 @@ def saved_bytes(model, batch, layer):
     walk({name: value for name, value in state.kept.items() if name != "graph"})
     walk(state.x0)
     return sum(size for pointer, size in seen.items() if pointer not in weights)
+
+
+def test_a_norm_that_was_passed_on_is_taken_only_where_it_is_of_this_input(monkeypatch):
+    model, batch = model_of("llama", "lora", torch.float32), batch_of()
+    norms = []
+    norm = block.rms_norm
+    monkeypatch.setattr(block, "rms_norm", lambda *args, **kw: norms.append(1) or norm(*args, **kw))
+
+    def counted(tolerance=CLOSE):
+        uninstall_blocks(model)
+        wanted = gradients(model, batch)
+        install_blocks(model, keep="values", joins=True)
+        norms.clear()
+        assert_like(gradients(model, batch), wanted, tolerance)
+        return len(norms)
+
+    # Both norms of the first layer, and of the others the one behind attention.
+    assert counted(10 * CLOSE) == 4
+    layer = model.model.layers[1]
+    for change in (lambda h: h * 1.5, lambda h: h.add_(0.1), lambda h: h):
+        handle = layer.register_forward_pre_hook(
+            lambda module, args, kw, change=change: ((change(args[0]), *args[1:]), kw), with_kwargs=True
+        )
+        assert counted(10 * CLOSE) == 4 + (change(torch.ones(1)) != 1)
+        handle.remove()
+    # A layer between that runs its own forward takes nothing, and leaves nothing.
+    layer.mlp.register_forward_hook(lambda module, args, out: out)
+    assert counted(10 * CLOSE) == 4
+    assert not model.model.layers[0].__dict__["_deltaw_fused"].fusion.passed
 
 
 @pytest.mark.parametrize("joins", [False, True])
