@@ -111,23 +111,38 @@ def quantize_rows(x: Tensor, *, out: Tensor | None = None) -> Rows:
     return result
 
 
-def quantize_rows_torch(x: Tensor, *, out: Tensor | None = None) -> Rows:
-    """`quantize_rows` in torch on any device."""
+def quantize_rows_torch(x: Tensor, *, out: Tensor | None = None, spread: Tensor | None = None) -> Rows:
+    """`quantize_rows` in torch on any device; scales are of the largest values times `spread`."""
     wide = x.to(wide_dtype(x.dtype))
     # Torch divides by a number as it multiplies with its inverse on CUDA and not on CPU; this is one product on both.
     largest = wide.abs().amax(1)
+    if spread is not None:
+        largest = largest * spread
     scale = (largest * (1.0 / LARGEST)).float().clamp_(min=SMALLEST_SCALE).masked_fill_(largest == 0, 1.0)
     scale.masked_fill_(~scale.isfinite(), float("nan"))
     scaled = wide * (1.0 / scale.to(wide.dtype)).unsqueeze(1)
     return scaled.to(torch.float8_e4m3fn) if out is None else out.copy_(scaled), scale
 
 
-def quantize_rows_and_columns(W: Tensor | Sequence[Tensor]) -> RowsAndColumns:
+def spreads(rows: int, columns: int, turn: int, device: torch.device) -> Tensor:
+    """Factors from 1 to 2 for the scales of a weight's rows and then columns: (rows + columns,) float32.
+
+    A weight that is rounded the same way in every step is another weight, and adapters learn to make up for that. With
+    scales that move through an octave from turn to turn each value is rounded up as often as down. Exponents are a
+    low-discrepancy sequence in turn and place.
+    """
+    place = torch.arange(rows + columns, dtype=torch.float64, device=device)
+    return torch.exp2((place * 0.5698402909980532 + turn * 0.7548776662466927).frac_()).float()
+
+
+def quantize_rows_and_columns(W: Tensor | Sequence[Tensor], *, spread: Tensor | None = None) -> RowsAndColumns:
     """W and W^T as e4m3, each with a scale for each of its rows.
 
     Args:
         W: (N, K), any strides; or several of one K, taken as one matrix, one below the other, so that linears which
             share an input become one product.
+        spread: (N + K,) float32, by which the scales of rows and of columns are larger than they need to be, as
+            `spreads` gives them.
 
     Returns:
         q (N, K), scales (N,); q of W^T (K, N), scales (K,); all contiguous.
@@ -141,17 +156,20 @@ def quantize_rows_and_columns(W: Tensor | Sequence[Tensor]) -> RowsAndColumns:
         _check_matrix("W", part)
     kernels = triton_form(parts[0], "fp8_triton")
     form = quantize_rows_and_columns_torch if kernels is None else kernels.quantize_rows_and_columns
-    result: RowsAndColumns = form([_rows_in_order(part) for part in parts])
+    result: RowsAndColumns = form([_rows_in_order(part) for part in parts], spread=spread)
     return result
 
 
-def quantize_rows_and_columns_torch(parts: Sequence[Tensor]) -> RowsAndColumns:
+def quantize_rows_and_columns_torch(parts: Sequence[Tensor], *, spread: Tensor | None = None) -> RowsAndColumns:
     """`quantize_rows_and_columns` of matrices one below the other, in torch on any device."""
     W = torch.cat(list(parts))
-    return (*quantize_rows_torch(W), *quantize_rows_torch(W.t().contiguous()))
+    of_rows, of_columns = (None, None) if spread is None else spread.split([*W.shape])
+    return (*quantize_rows_torch(W, spread=of_rows), *quantize_rows_torch(W.t().contiguous(), spread=of_columns))
 
 
-def quantize_nf4(weight: Packed4Bit | Sequence[Packed4Bit], code: Tensor) -> RowsAndColumns:
+def quantize_nf4(
+    weight: Packed4Bit | Sequence[Packed4Bit], code: Tensor, *, spread: Tensor | None = None
+) -> RowsAndColumns:
     """`quantize_rows_and_columns` of weights in 4 bits, whose float32 values exist in registers only.
 
     Not rounded to 16 bits between. Where the number of columns is odd, or Triton absent, the values do pass through
@@ -160,6 +178,7 @@ def quantize_nf4(weight: Packed4Bit | Sequence[Packed4Bit], code: Tensor) -> Row
     Args:
         weight: W (N, K), or several of one K.
         code: (16,) float32, its codebook.
+        spread: as for `quantize_rows_and_columns`.
 
     Raises:
         InputError: no rows or columns, or different devices or K.
@@ -169,9 +188,9 @@ def quantize_nf4(weight: Packed4Bit | Sequence[Packed4Bit], code: Tensor) -> Row
     columns = parts[0].shape[1]
     kernels = triton_form(code, "fp8_triton")
     if kernels is None or columns % 2:
-        return quantize_rows_and_columns([_values(part, code) for part in parts])
+        return quantize_rows_and_columns([_values(part, code) for part in parts], spread=spread)
     given = [(part.codes, part.scales, part.shape[0], part.block_size) for part in parts]
-    result: RowsAndColumns = kernels.quantize_nf4(given, code, columns)
+    result: RowsAndColumns = kernels.quantize_nf4(given, code, columns, spread=spread)
     return result
 
 

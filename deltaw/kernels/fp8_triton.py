@@ -319,6 +319,7 @@ def rms_norm_quantize(
 def quantize_rows_and_columns(
     parts: Sequence[Tensor],
     *,
+    spread: Tensor | None = None,
     absmax_tile: tuple[int, int] = ABSMAX_TILE,
     tile: tuple[int, int] = QUANTIZE_TILE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -326,7 +327,7 @@ def quantize_rows_and_columns(
     sources: list[_Source] = [
         ((W, W.stride(0), *(W,) * 5), W.shape[0], {"BLOCK_SIZE": 0, "NESTED": False, "SHARE": 0}) for W in parts
     ]
-    return _by_tiles(sources, parts[0].shape[1], absmax_tile, tile)
+    return _by_tiles(sources, parts[0].shape[1], absmax_tile, tile, spread)
 
 
 def quantize_nf4(
@@ -334,6 +335,7 @@ def quantize_nf4(
     code: Tensor,
     columns: int,
     *,
+    spread: Tensor | None = None,
     absmax_tile: tuple[int, int] = ABSMAX_TILE,
     tile: tuple[int, int] = QUANTIZE_TILE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -349,7 +351,7 @@ def quantize_nf4(
         share = min(columns & -columns, block_size, tile[1], absmax_tile[1])
         options = {"BLOCK_SIZE": block_size, "NESTED": nested, "SHARE": share}
         sources.append(((codes.contiguous(), 0, code, *tensors), rows, options))
-    return _by_tiles(sources, columns, absmax_tile, tile)
+    return _by_tiles(sources, columns, absmax_tile, tile, spread)
 
 
 def _by_tiles(
@@ -357,6 +359,7 @@ def _by_tiles(
     columns: int,
     absmax_tile: tuple[int, int],
     tile: tuple[int, int],
+    spread: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both forms of matrices one below the other, each (what `_tile` reads it from, rows, what `_tile` must know)."""
     all_rows = sum(rows for _, rows, _ in sources)
@@ -383,6 +386,8 @@ def _by_tiles(
                 **options,
                 **shared,
             )
+        if spread is not None:
+            bits.view(torch.float32).mul_(spread)
         for (source, rows, options), start in zip(sources, below, strict=False):
             _quantize_kernel[(triton.cdiv(columns, tile[1]), triton.cdiv(rows, tile[0]))](
                 *source,

@@ -164,6 +164,17 @@ def test_rows_by_strides_and_into_storage():
     assert q.shape == (0, 33) and scale.shape == (0,)
 
 
+def test_rounding_averages_out_over_the_turns():
+    W = torch.randn(20, 300, generator=generator(0, "turns"))
+    errors = []
+    for turn in range(64):
+        q, scale, qT, column_scale = fp8.quantize_rows_and_columns(W, spread=fp8.spreads(20, 300, turn, W.device))
+        errors.append(torch.stack([q.float() * scale[:, None] - W, (qT.float() * column_scale[:, None]).t() - W]))
+    one = torch.stack([error.norm() for error in errors]).mean()
+    assert torch.stack(errors).mean(0).norm() < 0.1 * one
+    assert 0.025 < one / (2**0.5 * W.norm()) < 0.028
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_columns_are_the_rows_of_the_transpose(shape):
     W = matrix(shape)
@@ -172,6 +183,15 @@ def test_columns_are_the_rows_of_the_transpose(shape):
     assert_same((qT, column_scale), fp8.quantize_rows(W.t()))
     more = matrix((7, shape[1]), seed="more")
     assert_same(fp8.quantize_rows_and_columns([W, more]), fp8.quantize_rows_and_columns(torch.cat([W, more])))
+    spread = fp8.spreads(*shape, 5, W.device)
+    assert spread.shape == (sum(shape),) and 1 <= float(spread.min()) and float(spread.max()) < 2
+    q, row_scale, qT, column_scale = fp8.quantize_rows_and_columns(W, spread=spread)
+    for codes, scale, w, factor in zip(
+        (q, qT), (row_scale, column_scale), (W, W.t()), spread.split(shape), strict=True
+    ):
+        largest = w.abs().amax(1).float() * factor
+        assert torch.equal(scale, (largest * (1 / 448)).masked_fill(largest == 0, 1.0))
+        assert ((codes.float() * scale[:, None] - w.float()).abs() <= w.float().abs() / 16 + scale[:, None] / 512).all()
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -365,6 +385,9 @@ def test_kernel_for_rows_and_columns(conversion, shape, dtype):
     assert_same(conversion.quantize_rows_and_columns([W], absmax_tile=(16, 32), tile=(32, 16)), wanted)
     parts = [W, matrix((7, shape[1]), dtype, seed="more", device=DEVICE), W[:1]]
     assert_same(conversion.quantize_rows_and_columns(parts), fp8.quantize_rows_and_columns_torch(parts))
+    spread = fp8.spreads(sum(map(len, parts)), shape[1], 3, W.device)
+    wanted = fp8.quantize_rows_and_columns_torch(parts, spread=spread)
+    assert_same(conversion.quantize_rows_and_columns(parts, spread=spread), wanted)
 
 
 @kernels
@@ -386,6 +409,12 @@ def test_kernel_for_four_bits(conversion, shape, double_quant, block_size):
     wanted = fp8.quantize_rows_and_columns_torch([weight.dequantize(dtype=torch.float32) for weight in weights])
     parts = [(weight.codes, weight.scales, weight.shape[0], block_size) for weight in weights]
     assert_same(conversion.quantize_nf4(parts, code, shape[1]), wanted)
+    spread = fp8.spreads(len(wanted[0]), shape[1], 3, code.device)
+    exact = [weight.dequantize(dtype=torch.float32) for weight in weights]
+    assert_same(
+        conversion.quantize_nf4(parts, code, shape[1], spread=spread),
+        fp8.quantize_rows_and_columns_torch(exact, spread=spread),
+    )
     assert_same(conversion.quantize_nf4(parts, code, shape[1], absmax_tile=(16, 16), tile=(16, 32)), wanted)
 
 
