@@ -161,8 +161,7 @@ def half_budget(model: Any, tokens: int) -> int:
     """A `memory_budget` under which layers can keep about half of what there is to keep."""
     import torch
 
-    from deltaw.fuse.block import kept_bytes
-    from deltaw.fuse.keep import BUDGET_SLACK, HEAD_BYTES
+    from deltaw.fuse.keep import BUDGET_SLACK, HEAD_BYTES, kept_bytes
 
     config = model.config
     sizes = {

@@ -73,7 +73,7 @@ SHAPES = {
     "tiny": Shape("llama", 512, 64, 128, 2, 4, 2, head_dim=16),
 }
 
-#: What a layer keeps for the backward pass (`deltaw.fuse.block.KEEPS`); what it does not keep is computed again.
+#: What a layer keeps for the backward pass (`deltaw.fuse.keep.KEEPS`); what it does not keep is computed again.
 KEEPS = {
     "values": "everything that the backward pass reads",
     "all": "all but norms",

@@ -29,9 +29,7 @@ What goes into a group of linears, or comes back to it, is written with room beh
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,101 +37,14 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from deltaw.core.errors import RunError
-from deltaw.fuse.group import Group, Store
-from deltaw.fuse.host_memory import Held, HostMemory
-from deltaw.fuse.linears import Fused
+from deltaw.fuse.away import Away
+from deltaw.fuse.call import DOWN, GATE_UP, GROUPS, OUT, QKV, Call, Passed
+from deltaw.fuse.group import Group
+from deltaw.fuse.keep import KEEPS
 from deltaw.kernels.gated import gated, gated_and_project, gated_backward, gated_backward_low_rank
 from deltaw.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward, wide_dtype
 from deltaw.kernels.rotary import norm_rotate, norm_rotate_backward, rotate
 from deltaw.kernels.scaled import scale_and_sum, scaled_add
-
-Keep = Literal["values", "all", "attention", "input", "host", "host-attention"]
-KEEPS: tuple[Keep, ...] = ("values", "all", "attention", "input", "host", "host-attention")
-#: Values from which on a tensor of attention's graph is worth moving.
-LEAST_AWAY = 1024
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A frozen RMS norm: its module, its epsilon, and how its weight (d,) meets the values."""
-
-    module: Any
-    eps: float
-    style: Any
-
-    @property
-    def weight(self) -> Tensor:
-        """Read at every use, as a sharded module has it only then."""
-        weight: Tensor = self.module.weight.detach()
-        return weight
-
-
-@dataclass
-class Passed:
-    """A layer's output normed for the next one, in the pass that made it.
-
-    Attributes:
-        of: the output, as long as it is there.
-        version: of it.
-        norm: that was computed.
-        normed: (M, d and some room).
-        rstd: its reciprocal norms.
-    """
-
-    of: weakref.ref[Tensor]
-    version: int
-    norm: Norm
-    normed: Tensor
-    rstd: Tensor
-
-
-@dataclass
-class Call:
-    """A layer's forward pass: what it computes with.
-
-    Attributes:
-        head_dim: columns of a head.
-        activation: of the gated MLP.
-        norms: before attention and before the MLP.
-        head_norms: of queries and keys, or None.
-        linears: q, k, v, o, gate, up, down.
-        cos, sin: (batch or 1, seq, rotated columns); None: no rotation.
-        attend: (q, k, v), each (batch, heads, seq, head_dim), to (batch, seq, heads, head_dim), differentiable.
-        keep: what stays for the backward pass.
-        host: where "host" and "host-attention" put what they keep.
-        fp8: names of the linears whose products with W are made in 8-bit floats.
-        store: what stays between calls.
-        handed: the last gradient that a fused layer handed on, with the room behind it.
-        index: of the layer.
-        following: the norm that the next layer begins with, where that is fused too.
-        passed: what the last layer made of its output for the next one.
-    """
-
-    head_dim: int
-    activation: Any
-    norms: tuple[Norm, Norm]
-    head_norms: tuple[Norm, Norm] | None
-    linears: dict[str, Fused]
-    cos: Tensor | None
-    sin: Tensor | None
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    keep: Keep = "all"
-    host: HostMemory | None = None
-    fp8: frozenset[str] = frozenset()
-    store: Store = field(default_factory=Store)
-    handed: list[Tensor] = field(default_factory=list)
-    index: int = 0
-    following: Norm | None = None
-    passed: list[Passed] = field(default_factory=list)
-
-    def group(self, names: str, dtype: torch.dtype) -> Group:
-        """The group of some linears, by their names with blanks between."""
-        parts = names.split()
-        fp8 = self.fp8.issuperset(parts)
-        return Group([self.linears[name] for name in parts], dtype, fp8=fp8, store=self.store, name=(self.index, names))
-
-
-QKV, OUT, GATE_UP, DOWN = GROUPS = "q k v", "o", "gate up", "down"
 
 
 def run_block(x: Tensor, call: Call) -> Tensor:
@@ -181,7 +92,7 @@ class _State:
         assert x0 is not None
         keep = call.keep
         norms, products, attentions = (self.wanted and keep in KEEPS[:count] for count in (1, 2, 3))
-        away = _Away(call.host) if self.wanted and keep == "host-attention" and call.host is not None else None
+        away = Away(call.host) if self.wanted and keep == "host-attention" and call.host is not None else None
         attention = self._attention(x0, graph=attentions, norm=norms, away=away)
         x1, zo, n2 = self._after_attention(x0, attention["a"])
         if attentions:
@@ -223,7 +134,7 @@ class _State:
         _, rstd = rms_norm(x, norm.weight, eps=norm.eps, style=norm.style, out=out[:, : x.shape[1]])
         return out, rstd
 
-    def _attention(self, x0: Tensor, *, graph: bool, norm: bool = False, away: _Away | None = None) -> dict[str, Any]:
+    def _attention(self, x0: Tensor, *, graph: bool, norm: bool = False, away: Away | None = None) -> dict[str, Any]:
         """Q, k, v as attention sees them and a (M, heads head_dim); with a graph from one to the other where wanted."""
         (q, k, v), found = self._queries(x0, norm=norm)
         if away is not None:
@@ -405,7 +316,7 @@ class _State:
             self.x0 = self.call.host.take(self.kept.pop("x0"))
         if "a" not in self.kept:
             assert self.x0 is not None
-            away: _Away | None = self.kept.pop("away", None)
+            away: Away | None = self.kept.pop("away", None)
             if away is None:
                 self.kept |= self._attention(self.x0, graph=True)
             else:
@@ -541,72 +452,6 @@ class _State:
         return result
 
 
-class _Enter(torch.autograd.Function):
-    """Where a graph begins that does not hold what it begins with."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:  # type: ignore[override]
-        raise RunError("gradients are taken where the graph begins, not behind it")
-
-
-class _Away:
-    """Attention's graph with what it keeps in host memory, but for q, k and v, which are made again.
-
-    Attributes:
-        held: what is there.
-        begins: q, k and v, for the backward pass.
-    """
-
-    def __init__(self, host: HostMemory) -> None:
-        self.host, self.held, self.begins = host, list[Held](), list[Tensor]()
-        self._places: dict[int, tuple[int | Held, int]] = {}
-        self._back: dict[Held, Tensor] = {}
-        self._output: tuple[Any, ...] = ()
-
-    def attend(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], *qkv: Tensor) -> dict[str, Any]:
-        """Attention's output as (M, heads head_dim), and between which edges its graph lies."""
-        self._places = {t.data_ptr(): (index, t.numel()) for index, t in enumerate(qkv)}
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            begins = _Enter.apply(qkv[0].new_empty((), requires_grad=True), *qkv)
-            out = attend(*(t.transpose(1, 2) for t in begins))
-        edges = [get_gradient_edge(t) for t in begins]
-        a = out.detach().reshape(-1, out.shape[-2] * out.shape[-1])
-        return {"edges": edges, "graph": get_gradient_edge(out), "a": a}
-
-    def keep(self, a: Tensor) -> None:
-        """Keeps the output too, mostly what the graph keeps anyway."""
-        self._output = self._pack(a)
-        self._places = {}
-
-    def output(self) -> Tensor:
-        """The output again."""
-        return self._unpack(self._output)
-
-    def _pack(self, t: Tensor) -> Any:
-        where, count = self._places.get(t.data_ptr(), (None, 0))
-        dense = t.numel() == 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
-        if count != t.numel() or where is None:
-            if t.numel() < LEAST_AWAY or not dense:
-                return t
-            where = self.host.put(t.as_strided((t.numel(),), (1,)))
-            self.held.append(where)
-            self._places[t.data_ptr()] = where, t.numel()
-        return where, t.shape, t.stride()
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        where, shape, strides = packed
-        if isinstance(where, Held) and where not in self._back:
-            self._back[where] = self.host.take(where)
-        values = self._back[where] if isinstance(where, Held) else self.begins[where]
-        return values.as_strided(shape, strides)
-
-
 def _wide(like: Tensor, columns: int, spare: int) -> Tensor:
     """Memory for as many rows as `like` has, of so many columns."""
     return like.new_empty(len(like), columns + spare)
@@ -615,31 +460,3 @@ def _wide(like: Tensor, columns: int, spare: int) -> Tensor:
 def _with_room(z: Tensor, spare: int) -> Tensor:
     """The memory that `z` is the front of."""
     return z if not spare else z.as_strided((len(z), z.shape[1] + spare), z.stride(), z.storage_offset())
-
-
-def kept_bytes(
-    keep: Keep, tokens: int, *, width: int, inner: int, heads: int, kv_heads: int, head_dim: int, itemsize: int,
-    scaled: bool = False, head_norms: bool = False,
-) -> int:  # fmt: skip
-    """Bytes of a layer's kept tensors on the device, the low-rank h's left out.
-
-    Args:
-        keep: what is kept.
-        tokens: M.
-        width: d.
-        inner: of the MLP.
-        heads: of the queries.
-        kv_heads: of keys and values.
-        head_dim: columns of a head.
-        itemsize: bytes of a value.
-        scaled: whether o and down have a c, whose z is kept.
-        head_norms: whether queries and keys are kept unnormed too.
-    """
-    columns = width if keep == "input" else 0
-    if keep in KEEPS[:3]:
-        columns = 2 * width + 2 * (heads + kv_heads) * head_dim
-        columns += 2 * width if scaled else 0
-        columns += (heads + kv_heads) * head_dim if head_norms else 0
-        columns += 2 * inner if keep in KEEPS[:2] else 0
-        columns += 2 * width if keep == "values" else 0
-    return columns * tokens * itemsize

@@ -9,11 +9,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Literal
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
@@ -22,192 +20,31 @@ from deltaw.core.errors import InputError
 from deltaw.core.generators import generator
 from deltaw.core.protocols import packed_of
 from deltaw.fuse import flash
-from deltaw.fuse.block import GROUPS, Call, Keep, Norm, Passed, kept_bytes, run_block
-from deltaw.fuse.group import Store, join, part
+from deltaw.fuse.block import run_block
+from deltaw.fuse.call import GROUPS, Call, Norm
+from deltaw.fuse.group import join, part
 from deltaw.fuse.head import undisturbed
-from deltaw.fuse.host_memory import HostMemory
-from deltaw.fuse.keep import Room, planned, told, upgrade
+from deltaw.fuse.keep import Keep, Room
 from deltaw.fuse.linears import fused_linear, hooked
+from deltaw.fuse.plan import PROJECTIONS, Fusion, Layer
 from deltaw.kernels.gated import gated_torch
 from deltaw.kernels.norm import rms_norm_torch
 from deltaw.methods.host import book_of
 
 _STATE = "_deltaw_fused"
-_PROJECTIONS = {
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-}  # fmt: skip
 Fp8 = Literal["none", "all", "all-but-down"]
 FP8: dict[Fp8, frozenset[str]] = {
     "none": frozenset(),
-    "all": frozenset(_PROJECTIONS),
-    "all-but-down": frozenset(_PROJECTIONS) - {"down"},
+    "all": frozenset(PROJECTIONS),
+    "all-but-down": frozenset(PROJECTIONS) - {"down"},
 }
 #: Modules of a layer that the fused function knows; one more, and it is another structure.
 _KNOWN = frozenset(
     "input_layernorm post_attention_layernorm self_attn mlp self_attn.q_norm self_attn.k_norm mlp.act_fn "
     "self_attn.rotary_fn".split()
-) | frozenset(_PROJECTIONS.values())
+) | frozenset(PROJECTIONS.values())
 #: Arguments of a layer's forward that are not handed on to attention.
 _OWN = frozenset({"hidden_states", "attention_mask", "past_key_values", "use_cache", "position_embeddings"})
-#: Of a layer's products forward, what attention has to cost for its output to be worth the bus and host memory.
-LEAST_SHARE = 0.1
-
-
-@dataclass
-class Fusion:
-    """What all fused layers of a model share.
-
-    Attributes:
-        keep: the same for all layers; None: chosen by `room`.
-        room: the memory there is.
-        layers: how many are fused.
-        say: takes a line about the plan of each batch longer than those before.
-        host: where inputs go that are kept in host memory.
-        fp8: names of the linears whose products are made in 8-bit floats.
-        by_flash: whether attention goes to FlashAttention 4 where that takes it.
-        store: weights and factors as the linears' products take them.
-        handed: see `Call`.
-        passed: see `Call`.
-        firsts: by layer, the norm that it begins with.
-        plans: by tokens of a batch, what each layer keeps.
-        far: by tokens of a batch and of a row, whether attention's output goes where inputs go.
-        held_layers: of how many layers decoded weights may stay, whatever the batch.
-    """
-
-    keep: Keep | None
-    room: Room
-    layers: int = 0
-    say: Callable[[str], None] = lambda line: None
-    fp8: frozenset[str] = frozenset()
-    by_flash: bool = False
-    store: Store = field(default_factory=Store)
-    handed: list[Tensor] = field(default_factory=list)
-    passed: list[Passed] = field(default_factory=list)
-    firsts: dict[int, Norm] = field(default_factory=dict)
-    host: HostMemory = field(default_factory=HostMemory)
-    plans: dict[int, list[Keep]] = field(default_factory=dict)
-    far: dict[tuple[int, int], bool] = field(default_factory=dict)
-    held_layers: int = sys.maxsize
-
-    def of(self, layer: _Layer, x: Tensor, *, masked: bool = False) -> Keep:
-        """What a layer keeps of this batch; a mask is among what attention keeps."""
-        if self.keep is not None:
-            return self.keep
-        if not x.is_cuda:
-            return "values"
-        tokens = x.numel() // x.shape[-1]
-        if tokens not in self.plans:
-            # As if nothing were held: what is kept saves more for its bytes.
-            again, along = (
-                self.room.left(x.device, layer.working_bytes(tokens, again=again)) + self.store.held_bytes
-                for again in (True, False)
-            )
-            for moved in (0, layer.moved_bytes(tokens)):
-                plan, left = planned(
-                    self.layers, again - moved, along - moved, lambda keep: layer.bytes_of(keep, tokens)
-                )
-                if "host" not in plan:
-                    break
-            holds = self.room.holds and layer.decodes
-            most = min(self.held_layers, left // layer.held_bytes, self.layers) if holds else 0
-            # 8-bit weights stay of all layers or of none.
-            self.held_layers = max(0, most) if not self.fp8 or most == self.layers else 0
-            self.store.hold(self.held_layers, self.layers, narrow=bool(self.fp8))
-            left -= self.held_layers * layer.held_bytes
-            plan = self.plans[tokens] = upgrade(plan, left, lambda keep: layer.bytes_of(keep, tokens))
-            # Of shorter batches nobody wants to hear.
-            if tokens == max(self.plans):
-                kept = self.layers if self.store.narrow is not None else len(self.store.holds)
-                held = f"; decoded weights of {kept} stay" if kept else ""
-                words = told([self._where(keep, layer, x, masked) for keep in plan])
-                self.say(f"batches of {tokens:,} tokens: {words}{held}")
-        return self._where(self.plans[tokens][layer.index], layer, x, masked)
-
-    def _where(self, keep: Keep, layer: _Layer, x: Tensor, masked: bool) -> Keep:
-        """Whether what goes to the host goes alone."""
-        if keep != "host" or masked:
-            return keep
-        length, tokens = x.shape[1], x.numel() // x.shape[-1]
-        if (tokens, length) not in self.far:
-            self.far[tokens, length] = self._far(layer, tokens, length)
-        return "host-attention" if self.far[tokens, length] else "host"
-
-    def _far(self, layer: _Layer, tokens: int, length: int) -> bool:
-        """Whether making attention again would take long, and there is host memory for its output."""
-        shapes = layer.shapes
-        attention = length * shapes["q"][0]
-        taken = self.layers * tokens * shapes["q"][0] * layer.norms[0].weight.element_size()
-        enough = attention >= LEAST_SHARE * sum(rows * columns for rows, columns in shapes.values())
-        return enough and taken <= psutil.virtual_memory().available // 2
-
-
-@dataclass
-class _Layer:
-    """What was found out about one layer."""
-
-    module: Any
-    index: int
-    head_dim: int
-    activation: str
-    norms: tuple[Norm, Norm]
-    head_norms: tuple[Norm, Norm] | None
-    fusion: Fusion
-
-    def bytes_of(self, keep: Keep, tokens: int) -> int:
-        """Bytes of what is kept."""
-        shapes = self.shapes
-        return kept_bytes(
-            keep,
-            tokens,
-            width=shapes["q"][1],
-            inner=shapes["gate"][0],
-            heads=shapes["q"][0] // self.head_dim,
-            kv_heads=shapes["k"][0] // self.head_dim,
-            head_dim=self.head_dim,
-            itemsize=self.norms[0].weight.element_size(),
-            scaled=_has_magnitudes(self.module),
-            head_norms=self.head_norms is not None,
-        )
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) by projection."""
-        return {name: tuple(self.module.get_submodule(path).weight.shape) for name, path in _PROJECTIONS.items()}
-
-    @property
-    def decodes(self) -> bool:
-        """Whether weights are decoded, or made narrower, to be multiplied."""
-        packed = (packed_of(self.module.get_submodule(path).weight) for path in _PROJECTIONS.values())
-        return bool(self.fusion.fp8) or any(weight is not None for weight in packed)
-
-    @property
-    def held_bytes(self) -> int:
-        """Of the weights as products take them: in 8 bits by rows and by columns, or decoded."""
-        total = sum(rows * columns for rows, columns in self.shapes.values())
-        return total * (2 if self.fusion.fp8 else self.norms[0].weight.element_size())
-
-    def moved_bytes(self, tokens: int) -> int:
-        """Of what one layer keeps on the host: some of another layer's is on the card, on its way."""
-        shapes = self.shapes
-        return (shapes["q"][1] + shapes["q"][0]) * tokens * self.norms[0].weight.element_size()
-
-    def working_bytes(self, tokens: int, *, again: bool = True) -> int:
-        """Of the backward pass of one layer beside what it kept: its input alone, or with `again` False all wide ones.
-
-        The second writes gradients over what was kept; dact, partial sums (half of dact's bytes at rank 16) and what
-        passes between layers are new.
-        """
-        shapes = self.shapes
-        inner, width = shapes["gate"]
-        attention = 2 * (shapes["q"][0] + 2 * shapes["k"][0])
-        columns = 3 * inner + 6 * width + attention if again else inner + inner // 2 + 4 * width
-        # Gate and up are decoded together.
-        total = columns * tokens + 2 * inner * width
-        if self.fusion.fp8:
-            # The widest group's weights by rows and by columns, and its input and gradient, a byte each.
-            return total * self.norms[0].weight.element_size() + 4 * inner * width + (2 * inner + width) * tokens
-        return total * self.norms[0].weight.element_size()
 
 
 def install_blocks(
@@ -241,7 +78,7 @@ def install_blocks(
     layers = _decoder_layers(model)
     fusion = Fusion(keep, room or Room(), len(layers), say, FP8[fp8], by_flash)
     reasons: list[str] = []
-    found: list[_Layer] = []
+    found: list[Layer] = []
     for index, module in enumerate(layers):
         layer = _structure(module, index, fusion)
         if isinstance(layer, str):
@@ -280,10 +117,10 @@ def uninstall_blocks(model: nn.Module) -> int:
     return count
 
 
-def _join(layer: _Layer) -> None:
+def _join(layer: Layer) -> None:
     """Makes a layer's dense weights one matrix for each group, with room for the adapters that are active now."""
     for names in GROUPS:
-        modules = [layer.module.get_submodule(_PROJECTIONS[name]) for name in names.split()]
+        modules = [layer.module.get_submodule(PROJECTIONS[name]) for name in names.split()]
         linears = [linear for module in modules if not isinstance(linear := fused_linear(module), str)]
         if layer.fusion.fp8.issuperset(names.split()) or len(linears) < len(modules):
             continue
@@ -292,11 +129,11 @@ def _join(layer: _Layer) -> None:
             layer.fusion.store.joined[layer.index, names] = whole
 
 
-def _part(layer: _Layer) -> None:
+def _part(layer: Layer) -> None:
     """Undoes `_join`."""
     for names in GROUPS:
         whole = layer.fusion.store.joined.get((layer.index, names))
-        weights = [layer.module.get_submodule(_PROJECTIONS[name]).weight for name in names.split()]
+        weights = [layer.module.get_submodule(PROJECTIONS[name]).weight for name in names.split()]
         if whole is not None:
             storage = whole.untyped_storage().data_ptr()
             part(w for w in weights if packed_of(w) is None and w.untyped_storage().data_ptr() == storage)
@@ -328,11 +165,11 @@ def _decoder_layers(model: Any) -> list[Any]:
     return list(layers) if isinstance(layers, nn.ModuleList) else []
 
 
-def _structure(module: Any, index: int, fusion: Fusion) -> _Layer | str:
+def _structure(module: Any, index: int, fusion: Fusion) -> Layer | str:
     if "forward" in module.__dict__:
         return "a layer's forward has been replaced already"
     own = {path for path, _ in module.named_modules() if path and "adapted" not in path.split(".")}
-    needed = {"input_layernorm", "post_attention_layernorm", *_PROJECTIONS.values()}
+    needed = {"input_layernorm", "post_attention_layernorm", *PROJECTIONS.values()}
     if not needed <= own:
         return f"{type(module).__name__} has no {sorted(needed - own)[0]}"
     if extra := sorted(own - _KNOWN):
@@ -349,7 +186,7 @@ def _structure(module: Any, index: int, fusion: Fusion) -> _Layer | str:
     activation = _activation(module.mlp.act_fn)
     if activation is None:
         return "its activation is none of silu, gelu and gelu's tanh form"
-    return _Layer(module, index, head_dim, activation, tuple(norms), tuple(heads) or None, fusion)  # type: ignore[arg-type]
+    return Layer(module, index, head_dim, activation, tuple(norms), tuple(heads) or None, fusion)  # type: ignore[arg-type]
 
 
 def _norm(module: Any) -> Norm | None:
@@ -383,21 +220,13 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
     return bool(difference <= loose * size)
 
 
-def _has_magnitudes(module: Any) -> bool:
-    for path in _PROJECTIONS.values():
-        site = module.get_submodule(path)._modules.get("adapted")
-        if site is not None and any(hasattr(part, "magnitude") for part, _ in site.chosen()):
-            return True
-    return False
-
-
 def _replacement(own: Any) -> Any:
     signature = inspect.signature(own)
     self_name = next(iter(signature.parameters))
     var_keyword = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        layer: _Layer | None = self.__dict__.get(_STATE)
+        layer: Layer | None = self.__dict__.get(_STATE)
         if layer is None or not self.training or not torch.is_grad_enabled():
             return own(self, *args, **kwargs)
         given = dict(signature.bind(self, *args, **kwargs).arguments)
@@ -412,7 +241,7 @@ def _replacement(own: Any) -> Any:
     return forward
 
 
-def call_of(layer: _Layer, given: dict[str, Any], keep: Keep | None = None) -> Call | str:
+def call_of(layer: Layer, given: dict[str, Any], keep: Keep | None = None) -> Call | str:
     """A layer's call as the fused function takes it, or why it does not fit; `keep` None is asked of the plan."""
     module, x = layer.module, given.get("hidden_states")
     if given.get("past_key_values") is not None or given.get("use_cache"):
@@ -428,7 +257,7 @@ def call_of(layer: _Layer, given: dict[str, Any], keep: Keep | None = None) -> C
     if any(hooked(child) or "forward" in child.__dict__ for child in (*inner, module.mlp.act_fn)):
         return "a module inside the layer has hooks, or a forward of its own"
     linears = {}
-    for name, path in _PROJECTIONS.items():
+    for name, path in PROJECTIONS.items():
         linear = fused_linear(module.get_submodule(path))
         if isinstance(linear, str):
             return linear
@@ -455,9 +284,14 @@ def call_of(layer: _Layer, given: dict[str, Any], keep: Keep | None = None) -> C
         store=fusion.store,
         handed=fusion.handed,
         index=layer.index,
-        following=fusion.firsts.get(layer.index + 1),
+        following=_whole(fusion.firsts.get(layer.index + 1)),
         passed=fusion.passed,
     )
+
+
+def _whole(norm: Norm | None) -> Norm | None:
+    """The next layer's norm, unless its weight is in parts until that layer runs."""
+    return norm if norm is not None and type(norm.module.weight) in (nn.Parameter, Tensor) else None
 
 
 def _attention(attn: Any, given: dict[str, Any], by_flash: bool) -> Any:
@@ -499,7 +333,7 @@ def _fastest(q: Tensor, mask: Any) -> Any:
 CUDNN_FIRST = True
 
 
-def _tried(model: Any, layers: list[_Layer]) -> dict[int, str]:
+def _tried(model: Any, layers: list[Layer]) -> dict[int, str]:
     """By index, why a layer is not computed as by itself: output and input gradient on five tokens differ."""
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -530,7 +364,7 @@ def _tried(model: Any, layers: list[_Layer]) -> dict[int, str]:
     return objections
 
 
-def _differs(layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _differs(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     module = layer.module
     signature = inspect.signature(type(module).forward)
     given = dict(signature.bind(module, *args, **kwargs).arguments)
@@ -560,7 +394,7 @@ def _differs(layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
     return None if same else f"{type(module).__name__} computes something else"
 
 
-def _computes_the_same(layer: _Layer, like: Tensor, given: dict[str, Any]) -> bool:
+def _computes_the_same(layer: Layer, like: Tensor, given: dict[str, Any]) -> bool:
     """Updates and input gradients of the layer's own forward and of the fused function, on random rows."""
     own = type(layer.module).forward
     call = call_of(layer, {**given, "hidden_states": like}, keep="input")

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from deltaw.fuse.block import Keep
 from deltaw.kernels.linear_cross_entropy import CHUNK_BYTES_CUDA
 
+#: See `block.py`.
+Keep = Literal["values", "all", "attention", "input", "host", "host-attention"]
+KEEPS: tuple[Keep, ...] = ("values", "all", "attention", "input", "host", "host-attention")
 #: Of the card's memory, what allocators lose to gaps; and of a budget, what nobody counted.
 SLACK, BUDGET_SLACK = 0.02, 0.01
 #: What the loss takes: a chunk of logits, which becomes its gradient in place, and hidden states.
@@ -115,3 +118,31 @@ def told(chosen: Sequence[Keep]) -> str:
     if len(counts) == 1:
         return f"all {len(chosen)} layers {words[next(iter(counts))]}"
     return ", ".join(f"{count} layers {words[level]}" for level, count in counts.items())
+
+
+def kept_bytes(
+    keep: Keep, tokens: int, *, width: int, inner: int, heads: int, kv_heads: int, head_dim: int, itemsize: int,
+    scaled: bool = False, head_norms: bool = False,
+) -> int:  # fmt: skip
+    """Bytes of a layer's kept tensors on the device, the low-rank h's left out.
+
+    Args:
+        keep: what is kept.
+        tokens: M.
+        width: d.
+        inner: of the MLP.
+        heads: of the queries.
+        kv_heads: of keys and values.
+        head_dim: columns of a head.
+        itemsize: bytes of a value.
+        scaled: whether o and down have a c, whose z is kept.
+        head_norms: whether queries and keys are kept unnormed too.
+    """
+    columns = width if keep == "input" else 0
+    if keep in KEEPS[:3]:
+        columns = 2 * width + 2 * (heads + kv_heads) * head_dim
+        columns += 2 * width if scaled else 0
+        columns += (heads + kv_heads) * head_dim if head_norms else 0
+        columns += 2 * inner if keep in KEEPS[:2] else 0
+        columns += 2 * width if keep == "values" else 0
+    return columns * tokens * itemsize

@@ -32,6 +32,7 @@ class Fused:
         low: factors, any dtype; None: no adapter is active.
         trained: which of A, B and c want gradients; of a part that is to be normed its magnitude in the place of c.
         part: a DoRA whose norm is not known yet, and c neither.
+        magnitude: of the part.
         norm: of the part, (out,), once it is known.
     """
 
@@ -40,6 +41,7 @@ class Fused:
     low: LowRank | None
     trained: list[Tensor] = field(default_factory=list)
     part: Any = None
+    magnitude: Tensor | None = None
     norm: Tensor | None = None
 
     @property
@@ -59,10 +61,9 @@ class Fused:
     @property
     def factor(self) -> Tensor | None:
         """C (out,), or None; asked for once the norm is known."""
-        if self.part is not None:
+        if self.magnitude is not None:
             assert self.norm is not None
-            factor: Tensor = self.part.magnitude.detach().to(self.norm.dtype) / self.norm
-            return factor
+            return self.magnitude.detach().to(self.norm.dtype) / self.norm
         return None if self.low is None else self.low.out_scale
 
     def gradients(self, dA: Tensor | None, dB: Tensor | None, dc: Tensor | None) -> list[Tensor]:
@@ -71,7 +72,7 @@ class Fused:
             return []
         last = self.low.out_scale
         if self.norm is not None and dc is not None:
-            last, dc = self.part.magnitude, dc / self.norm
+            last, dc = self.magnitude, dc / self.norm
         result = []
         for tensor, gradient in zip((self.low.A, self.low.B, last), (dA, dB, dc), strict=True):
             # Whether it is trained may have changed since.
@@ -106,9 +107,10 @@ def fused_linear(module: nn.Module) -> Fused | str:
     low, part = found
     if low is None:
         return Fused(site.weight, bias, None)
-    scale = low.out_scale if part is None else part.magnitude
+    magnitude = None if part is None else part.magnitude
+    scale = low.out_scale if part is None else magnitude
     tensors = [low.A, low.B, *([] if scale is None else [scale])]
-    return Fused(site.weight, bias, low, [tensor for tensor in tensors if tensor.requires_grad], part)
+    return Fused(site.weight, bias, low, [tensor for tensor in tensors if tensor.requires_grad], part, magnitude)
 
 
 def _combined(site: AdaptedSite) -> tuple[LowRank | None, Any] | str:

@@ -19,10 +19,9 @@ from deltaw.core.protocols import packed_of
 from deltaw.data import Collator
 from deltaw.fuse import flash
 from deltaw.fuse.attention import FastCpuAttention
-from deltaw.fuse.block import Keep
 from deltaw.fuse.decoder import install_blocks, leave_checkpointing, uninstall_blocks
 from deltaw.fuse.head import install_loss_head, uninstall_loss_head
-from deltaw.fuse.keep import HEAD_BYTES, Room
+from deltaw.fuse.keep import HEAD_BYTES, Keep, Room
 from deltaw.methods import NEFTune, adapt, delete_adapter, method_of
 from deltaw.methods.host import set_merge_aware, steady
 from deltaw.train.config import TrainConfig, bytes_of

@@ -14,10 +14,9 @@ from torch import nn
 import deltaw as dw
 from deltaw.core.errors import RunError
 from deltaw.fuse import block, decoder, flash, group, thin
-from deltaw.fuse.block import KEEPS, kept_bytes
 from deltaw.fuse.decoder import install_blocks, needs_mask, uninstall_blocks
 from deltaw.fuse.host_memory import HostMemory
-from deltaw.fuse.keep import Room, choose, planned, told, upgrade
+from deltaw.fuse.keep import KEEPS, Room, choose, kept_bytes, planned, told, upgrade
 from deltaw.quant import quantize_model
 from deltaw.quant.weight import NF4Weight
 

@@ -167,8 +167,7 @@ def test_a_run_has_a_process_and_a_time_limit(benchmark, text, tmp_path):
 
 
 def test_half_a_budget_keeps_half(benchmark, monkeypatch):
-    from deltaw.fuse.block import kept_bytes
-    from deltaw.fuse.keep import HEAD_BYTES, Room, choose
+    from deltaw.fuse.keep import HEAD_BYTES, Room, choose, kept_bytes
 
     sizes = {"width": 576, "inner": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64, "itemsize": 2}
     config = argparse.Namespace(

@@ -196,14 +196,14 @@ def test_peers_that_read_a_folder_get_one_that_is_whole(benchmark, tmp_path, mon
 def test_what_layers_keep_is_what_fused_layers_say(benchmark):
     from gpu_roofline import KEEPS, kept_bytes
 
-    from deltaw.fuse import block
+    from deltaw.fuse import keep as keeps
 
-    assert [*KEEPS, "host", "host-attention"] == [*block.KEEPS]
+    assert [*KEEPS, "host", "host-attention"] == [*keeps.KEEPS]
     for shape in benchmark.SHAPES.values():
         normed = shape.family == "qwen3"
         sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "itemsize": 2}
         for keep in KEEPS:
-            one = block.kept_bytes(keep, 100, width=shape.width, inner=shape.inner, head_norms=normed, **sizes)
+            one = keeps.kept_bytes(keep, 100, width=shape.width, inner=shape.inner, head_norms=normed, **sizes)
             assert kept_bytes(shape, 100, keep) == shape.layers * one
 
 

@@ -1,0 +1,189 @@
+"""What all fused layers of a model share, what was found out about each, and what each keeps of a batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+from torch import Tensor
+
+from deltaw.core.protocols import packed_of
+from deltaw.fuse.call import Norm, Passed
+from deltaw.fuse.group import Store
+from deltaw.fuse.host_memory import HostMemory
+from deltaw.fuse.keep import Keep, Room, kept_bytes, planned, told, upgrade
+
+PROJECTIONS = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+#: Of a layer's products forward, what attention has to cost for its output to be worth the bus and host memory.
+LEAST_SHARE = 0.1
+
+
+@dataclass
+class Fusion:
+    """What all fused layers of a model share.
+
+    Attributes:
+        keep: the same for all layers; None: chosen by `room`.
+        room: the memory there is.
+        layers: how many are fused.
+        say: takes a line about the plan of each batch longer than those before.
+        host: where inputs go that are kept in host memory.
+        fp8: names of the linears whose products are made in 8-bit floats.
+        by_flash: whether attention goes to FlashAttention 4 where that takes it.
+        store: weights and factors as the linears' products take them.
+        handed: see `Call`.
+        passed: see `Call`.
+        firsts: by layer, the norm that it begins with.
+        plans: by tokens of a batch, what each layer keeps.
+        far: by tokens of a batch and of a row, whether attention's output goes where inputs go.
+        held_layers: of how many layers decoded weights may stay, whatever the batch.
+    """
+
+    keep: Keep | None
+    room: Room
+    layers: int = 0
+    say: Callable[[str], None] = lambda line: None
+    fp8: frozenset[str] = frozenset()
+    by_flash: bool = False
+    store: Store = field(default_factory=Store)
+    handed: list[Tensor] = field(default_factory=list)
+    passed: list[Passed] = field(default_factory=list)
+    firsts: dict[int, Norm] = field(default_factory=dict)
+    host: HostMemory = field(default_factory=HostMemory)
+    plans: dict[int, list[Keep]] = field(default_factory=dict)
+    far: dict[tuple[int, int], bool] = field(default_factory=dict)
+    held_layers: int = sys.maxsize
+
+    def of(self, layer: Layer, x: Tensor, *, masked: bool = False) -> Keep:
+        """What a layer keeps of this batch; a mask is among what attention keeps."""
+        if self.keep is not None:
+            return self.keep
+        if not x.is_cuda:
+            return "values"
+        tokens = x.numel() // x.shape[-1]
+        if tokens not in self.plans:
+            # As if nothing were held: what is kept saves more for its bytes.
+            again, along = (
+                self.room.left(x.device, layer.working_bytes(tokens, again=again)) + self.store.held_bytes
+                for again in (True, False)
+            )
+            for moved in (0, layer.moved_bytes(tokens)):
+                plan, left = planned(
+                    self.layers, again - moved, along - moved, lambda keep: layer.bytes_of(keep, tokens)
+                )
+                if "host" not in plan:
+                    break
+            holds = self.room.holds and layer.decodes
+            most = min(self.held_layers, left // layer.held_bytes, self.layers) if holds else 0
+            # 8-bit weights stay of all layers or of none.
+            self.held_layers = max(0, most) if not self.fp8 or most == self.layers else 0
+            self.store.hold(self.held_layers, self.layers, narrow=bool(self.fp8))
+            left -= self.held_layers * layer.held_bytes
+            plan = self.plans[tokens] = upgrade(plan, left, lambda keep: layer.bytes_of(keep, tokens))
+            # Of shorter batches nobody wants to hear.
+            if tokens == max(self.plans):
+                kept = self.layers if self.store.narrow is not None else len(self.store.holds)
+                held = f"; decoded weights of {kept} stay" if kept else ""
+                words = told([self._where(keep, layer, x, masked) for keep in plan])
+                self.say(f"batches of {tokens:,} tokens: {words}{held}")
+        return self._where(self.plans[tokens][layer.index], layer, x, masked)
+
+    def _where(self, keep: Keep, layer: Layer, x: Tensor, masked: bool) -> Keep:
+        """Whether what goes to the host goes alone."""
+        if keep != "host" or masked:
+            return keep
+        length, tokens = x.shape[1], x.numel() // x.shape[-1]
+        if (tokens, length) not in self.far:
+            self.far[tokens, length] = self._far(layer, tokens, length)
+        return "host-attention" if self.far[tokens, length] else "host"
+
+    def _far(self, layer: Layer, tokens: int, length: int) -> bool:
+        """Whether making attention again would take long, and there is host memory for its output."""
+        shapes = layer.shapes
+        attention = length * shapes["q"][0]
+        taken = self.layers * tokens * shapes["q"][0] * layer.norms[0].weight.element_size()
+        enough = attention >= LEAST_SHARE * sum(rows * columns for rows, columns in shapes.values())
+        return enough and taken <= psutil.virtual_memory().available // 2
+
+
+@dataclass
+class Layer:
+    """What was found out about one layer."""
+
+    module: Any
+    index: int
+    head_dim: int
+    activation: str
+    norms: tuple[Norm, Norm]
+    head_norms: tuple[Norm, Norm] | None
+    fusion: Fusion
+
+    def bytes_of(self, keep: Keep, tokens: int) -> int:
+        """Bytes of what is kept."""
+        shapes = self.shapes
+        return kept_bytes(
+            keep,
+            tokens,
+            width=shapes["q"][1],
+            inner=shapes["gate"][0],
+            heads=shapes["q"][0] // self.head_dim,
+            kv_heads=shapes["k"][0] // self.head_dim,
+            head_dim=self.head_dim,
+            itemsize=self.norms[0].weight.element_size(),
+            scaled=has_magnitudes(self.module),
+            head_norms=self.head_norms is not None,
+        )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) by projection."""
+        return {name: tuple(self.module.get_submodule(path).weight.shape) for name, path in PROJECTIONS.items()}
+
+    @property
+    def decodes(self) -> bool:
+        """Whether weights are decoded, or made narrower, to be multiplied."""
+        packed = (packed_of(self.module.get_submodule(path).weight) for path in PROJECTIONS.values())
+        return bool(self.fusion.fp8) or any(weight is not None for weight in packed)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the weights as products take them: in 8 bits by rows and by columns, or decoded."""
+        total = sum(rows * columns for rows, columns in self.shapes.values())
+        return total * (2 if self.fusion.fp8 else self.norms[0].weight.element_size())
+
+    def moved_bytes(self, tokens: int) -> int:
+        """Of what one layer keeps on the host: some of another layer's is on the card, on its way."""
+        shapes = self.shapes
+        return (shapes["q"][1] + shapes["q"][0]) * tokens * self.norms[0].weight.element_size()
+
+    def working_bytes(self, tokens: int, *, again: bool = True) -> int:
+        """Of the backward pass of one layer beside what it kept: its input alone, or with `again` False all wide ones.
+
+        The second writes gradients over what was kept; dact, partial sums (half of dact's bytes at rank 16) and what
+        passes between layers are new.
+        """
+        shapes = self.shapes
+        inner, width = shapes["gate"]
+        attention = 2 * (shapes["q"][0] + 2 * shapes["k"][0])
+        columns = 3 * inner + 6 * width + attention if again else inner + inner // 2 + 4 * width
+        # Gate and up are decoded together.
+        total = columns * tokens + 2 * inner * width
+        if self.fusion.fp8:
+            # The widest group's weights by rows and by columns, and its input and gradient, a byte each.
+            return total * self.norms[0].weight.element_size() + 4 * inner * width + (2 * inner + width) * tokens
+        return total * self.norms[0].weight.element_size()
+
+
+def has_magnitudes(module: Any) -> bool:
+    """Whether a projection's adapter is a DoRA."""
+    for path in PROJECTIONS.values():
+        site = module.get_submodule(path)._modules.get("adapted")
+        if site is not None and any(hasattr(part, "magnitude") for part, _ in site.chosen()):
+            return True
+    return False
