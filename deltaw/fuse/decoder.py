@@ -141,6 +141,16 @@ def _part(layer: Layer) -> None:
             del layer.fusion.store.joined[layer.index, names]
 
 
+def set_turn(model: nn.Module, turn: int) -> None:
+    """Says which optimizer step this is: by it fused layers' 8-bit weights are rounded with other scales.
+
+    See `spreads` in `kernels/fp8.py`. Without it they are always rounded in the same way.
+    """
+    for layer in _decoder_layers(model):
+        if _STATE in layer.__dict__:
+            layer.__dict__[_STATE].fusion.store.turn = turn
+
+
 def leave_checkpointing(model: nn.Module) -> None:
     """Turns transformers' recomputation off around fused layers, which make things again by themselves."""
     for layer in _decoder_layers(model):

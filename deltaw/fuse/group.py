@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deltaw.fuse.linears import Fused
 from deltaw.fuse.thin import Factors, Thin
 from deltaw.kernels.factors import Factor
-from deltaw.kernels.fp8 import matmul_fp8, quantize_nf4, quantize_rows, quantize_rows_and_columns
+from deltaw.kernels.fp8 import matmul_fp8, quantize_nf4, quantize_rows, quantize_rows_and_columns, spreads
 from deltaw.kernels.low_rank import add_product, outer_sum, project, project_and_sum
 from deltaw.kernels.scaled import scale_and_sum
 from deltaw.quant.codebooks import nf4_code
@@ -24,6 +24,9 @@ from deltaw.quant.weight import NF4Weight, dequantize_all
 
 #: |c| of several linears is kept from 0, since what it multiplied is found again by dividing by it.
 LEAST = 1e-6
+
+#: Optimizer steps after which a layer's 8-bit weights are rounded anew, with other scales; layers take turns. 0: never.
+TURNS = 8
 
 #: W by rows and by columns in 8 bits with their scales, as `quantize_rows_and_columns` gives them.
 Narrow = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -42,6 +45,7 @@ class Store:
         holds: layers (the first of a name) of which it may.
         factors: those of all groups.
         narrow: weights in 8 bits, with those that they were made of; None: they are made at every use.
+        turn: optimizer steps that were made.
     """
 
     joined: dict[Any, Tensor] = field(default_factory=dict)
@@ -49,6 +53,7 @@ class Store:
     holds: range = range(0)
     factors: Factors = field(default_factory=Factors)
     narrow: dict[Any, tuple[Narrow, list[Any]]] | None = None
+    turn: int = 0
 
     @property
     def held_bytes(self) -> int:
@@ -317,13 +322,22 @@ class Group:
         return x.new_empty(len(x), self.rows + spare)[:, : self.rows]
 
     def _narrow(self) -> Narrow:
-        held, source = self.store.narrow, self._source
-        if held is not None and self.name in held and _same(held[self.name][1], source):
-            return held[self.name][0]
-        if self.decoded:
-            made = quantize_nf4(self.packed, nf4_code(self.packed[0].device))
+        """W in 8 bits, the same in both directions of a step."""
+        held, turn = self.store.narrow, self.store.turn
+        if self.name is None or not TURNS:
+            turn = 0
         else:
-            made = quantize_rows_and_columns([linear.weight.dequantize() for linear in self.linears])
+            turn = max(0, turn - (turn + self.name[0]) % TURNS)
+        source = [*self._source, (turn,)]
+        if held is not None and self.name in held:
+            if _same(held[self.name][1], source):
+                return held[self.name][0]
+            del held[self.name]
+        spread = spreads(self.rows, self.columns, turn, self.linears[0].weight.device) if turn else None
+        if self.decoded:
+            made = quantize_nf4(self.packed, nf4_code(self.packed[0].device), spread=spread)
+        else:
+            made = quantize_rows_and_columns([linear.weight.dequantize() for linear in self.linears], spread=spread)
         if held is not None:
             held[self.name] = made, source
         return made

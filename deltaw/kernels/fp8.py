@@ -13,6 +13,9 @@ Both products run along the contiguous axis of both operands, which is what tens
 x / s is computed as x (1 / s). The quotient cannot leave the range, so nothing needs clamping. A row with an infinity
 or a NaN has the scale NaN, and its row or column of a product is NaN throughout.
 
+Frozen weights may be given larger scales than they need, others from time to time (`spreads`): a weight that is rounded
+in one way for good is another weight, which adapters learn to make up for.
+
 Error to expect, for normal x and W: a value is off by 2.6 % of its size in the root mean square (1/16 at most, above
 2^-6 s), and an element of a product by 3.7 % of the product's root mean square, for any K. Scales and what is added
 are float32; how precisely the tensor cores sum is the library's affair, and far finer than that either way.

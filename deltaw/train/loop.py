@@ -136,6 +136,7 @@ def fit(
                 autocast=whole and config.dtype == "auto" and _autocasts(device),
                 optimizer_name=config.optimizer,
                 merge_aware=config.merge_aware,
+                turns=config.fp8 != "none",
                 private=private,
                 callbacks=_callbacks(config, run, evaluate is not None, step),
             )

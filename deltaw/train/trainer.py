@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from deltaw.checkpoint.adapters import adapter_state, write_state
 from deltaw.core.errors import InputError, RunError
 from deltaw.core.files import sync_folder
+from deltaw.fuse.decoder import set_turn
 from deltaw.methods import adapter_parameters
 from deltaw.methods.contract import Controller
 from deltaw.methods.host import active_method, parts_of, steady_parts
@@ -57,6 +58,7 @@ class DeltawTrainer(transformers.Trainer):
         autocast: whether to compute in bfloat16 with weights in float32.
         optimizer_name: `adamw`, or one of the paged ones.
         merge_aware: share of the steps, the last ones, that train through the merged and rounded weights.
+        turns: whether fused layers are told which step it is, by which they round 8-bit weights.
         private: how to train with differential privacy; None: without. No loss is logged then, and no count of tokens.
     """
 
@@ -74,6 +76,7 @@ class DeltawTrainer(transformers.Trainer):
         autocast: bool,
         optimizer_name: str = "adamw",
         merge_aware: float = 0.0,
+        turns: bool = False,
         private: PrivacyPlan | None = None,
         **kwargs: Any,
     ) -> None:
@@ -84,7 +87,7 @@ class DeltawTrainer(transformers.Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.autocast = autocast
         self.optimizer_name = optimizer_name
-        self.merge_aware = merge_aware
+        self.merge_aware, self.turns = merge_aware, turns
         self.method = active_method(kwargs["model"], adapter)
         self.whole_model = self.method.trains_base
         own = {} if self.whole_model else adapter_parameters(kwargs["model"], adapter)
@@ -259,6 +262,9 @@ class DeltawTrainer(transformers.Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """A micro-batch: counts tokens, and notes a loss that is not finite without waiting for the device."""
+        if self.turns:
+            assert isinstance(self.model, nn.Module)
+            set_turn(self.model, self.state.global_step)
         if self.private is not None:
             return self._private_step(model, inputs)
         mask = inputs.get("attention_mask")

@@ -9,9 +9,10 @@ import small_runs
 import torch
 
 from deltaw.core.errors import InputError
-from deltaw.fuse import decoder
-from deltaw.studies.job import run_job
+from deltaw.fuse import decoder, group
+from deltaw.studies.job import resume, run_job
 from deltaw.train.config import bytes_of, make_config
+from deltaw.train.trainer import DeltawTrainer
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,29 @@ def test_fused_layers_are_not_made_again_by_transformers_too(place, tmp_path, mo
     calls.clear()
     train(place, tmp_path / "again", fast="on", max_steps=2, gradient_checkpointing=True)
     assert calls == ["input"] * kept and kept > 0
+
+
+def test_eight_bit_weights_are_rounded_by_the_step_also_after_a_resume(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(group, "TURNS", 2)
+    keys = {"fast": "on", "fp8": "all", "max_steps": 5, "save_every": 2}
+    whole, _ = train(place, tmp_path / "whole", **keys)
+    log = DeltawTrainer.log
+
+    def stop(trainer, logs, start_time=None):
+        log(trainer, logs, start_time)
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut:
+        cut.setattr(DeltawTrainer, "log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(place, tmp_path / "run", **keys)
+    resume(tmp_path / "run")
+    again = [line["loss"] for line in small_runs.logged(tmp_path / "run") if "loss" in line]
+    assert again == whole
+    monkeypatch.setattr(group, "TURNS", 0)
+    other, _ = train(place, tmp_path / "same", **keys)
+    assert other[0] == whole[0] and other[1] != whole[1]
 
 
 def test_by_itself_a_cpu_trains_with_the_layers_own_modules(place, tmp_path):
