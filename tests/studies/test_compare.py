@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 import statistics
 import sys
 import threading
@@ -336,10 +337,15 @@ def test_an_interruption_ends_the_processes(planned, tmp_path):
         _thread.interrupt_main()
 
     threads = threading.Thread(target=interrupt)
+    # Where the tests themselves were started in the background, interruptions are ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threads.start()
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run_cells(planned, list(planned.cells), say=say, worker=worker)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_cells(planned, list(planned.cells), say=say, worker=worker)
+    finally:
+        signal.signal(signal.SIGINT, before)
     threads.join()
     assert time.monotonic() - began < 20
 
