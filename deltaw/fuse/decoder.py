@@ -146,9 +146,10 @@ def set_turn(model: nn.Module, turn: int) -> None:
 
     See `spreads` in `kernels/fp8.py`. Without it they are always rounded in the same way.
     """
-    for layer in _decoder_layers(model):
-        if _STATE in layer.__dict__:
-            layer.__dict__[_STATE].fusion.store.turn = turn
+    layer = next((layer for layer in _decoder_layers(model) if _STATE in layer.__dict__), None)
+    if layer is not None:
+        # All layers share it.
+        layer.__dict__[_STATE].fusion.store.turn = turn
 
 
 def leave_checkpointing(model: nn.Module) -> None:
@@ -329,7 +330,7 @@ def _fastest(q: Tensor, mask: Any) -> Any:
     """On a GPU without a mask, cuDNN's attention first, where it takes the shapes."""
     from contextlib import nullcontext
 
-    if not q.is_cuda or mask is not None or q.dtype == torch.float32 or not CUDNN_FIRST:
+    if not q.is_cuda or mask is not None or q.dtype == torch.float32:
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -337,10 +338,6 @@ def _fastest(q: Tensor, mask: Any) -> Any:
         SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
     ]  # fmt: skip
     return sdpa_kernel(order, set_priority=True)
-
-
-#: Whether cuDNN's attention is asked before torch's own flash attention.
-CUDNN_FIRST = True
 
 
 def _tried(model: Any, layers: list[Layer]) -> dict[int, str]:

@@ -22,9 +22,10 @@ def objection(device: torch.device) -> str | None:
     """Why it cannot be had on a device; None where it can."""
     if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
         return "it needs the package flash-attn-4, which is not installed: pip install 'deltaw[flash]'"
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < (9, 0):
-        return f"it runs on GPUs from compute capability 9.0 on, and the model is on {device.type}"
-    return None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"it runs on GPUs, and the model is on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 9 else f"it runs on GPUs from compute capability 9.0 on, and this one has {major}.{minor}"
 
 
 def takes(q: Tensor, attn: Any, mask: Any) -> bool:

@@ -136,7 +136,7 @@ class Layer:
             kv_heads=shapes["k"][0] // self.head_dim,
             head_dim=self.head_dim,
             itemsize=self.norms[0].weight.element_size(),
-            scaled=has_magnitudes(self.module),
+            scaled=_has_magnitudes(self.module),
             head_norms=self.head_norms is not None,
         )
 
@@ -180,7 +180,7 @@ class Layer:
         return total * self.norms[0].weight.element_size()
 
 
-def has_magnitudes(module: Any) -> bool:
+def _has_magnitudes(module: Any) -> bool:
     """Whether a projection's adapter is a DoRA."""
     for path in PROJECTIONS.values():
         site = module.get_submodule(path)._modules.get("adapted")
