@@ -41,7 +41,7 @@ from typing import Any
 STEPS = {"curves": 200, "fp8": 500}
 METHODS = {"curves": ["lora", "qlora", "dora"], "fp8": ["qlora"]}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FP8 = ("none", "all-but-down", "all")
+FP8 = ("none", "backward", "most", "all")
 #: How far runs that differ in rounding alone drift apart is chance, so another one may go somewhat further. A gradient
 #: that is wrong in one projection goes many times as far.
 TOLERANCE = 2.0

@@ -24,7 +24,7 @@ SPECIAL = 4
 
 OWN_ROW = re.compile(
     r"(?P<method>q?(?:lo|do)ra)(?P<parallel>-(?P<kind>ddp|fsdp2x)(?P<gpus>[2-9]|[1-9]\d+))?"
-    r"(?P<fp8>-fp8(?:-but-down)?)?(?P<flash>-flash)?(?P<general>-general)?(?P<gc>-gc)?(?:@(?P<budget>.+))?"
+    r"(?P<fp8>-fp8(?:-(?P<part>most|backward))?)?(?P<flash>-flash)?(?P<general>-general)?(?P<gc>-gc)?(?:@(?P<budget>.+))?"
 )
 
 
@@ -248,7 +248,7 @@ def own_keys(parsed: dict[str, str | None], args: argparse.Namespace) -> dict:
         "gradient_checkpointing": parsed["gc"] is not None,
         "fast": "off" if parsed["general"] else "on",
         "attention": "flash" if parsed["flash"] else "sdpa",
-        "fp8": {None: "none", "-fp8": "all"}.get(parsed["fp8"], "all-but-down"),
+        "fp8": parsed["part"] or ("all" if parsed["fp8"] else "none"),
         "sharding": "fsdp2" if parsed["kind"] == "fsdp2x" else "none",
     }
     if parsed["budget"] not in (None, "max") and args.device != "cpu":

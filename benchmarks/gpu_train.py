@@ -11,8 +11,8 @@ runs out of memory is a line of the table. deltaw's rows are `deltaw train`'s ow
 keys that a run's YAML has) on rows that are in memory: loader, checks for NaN, clipping and logging are in its times.
 Peers run forward, backward and a fused AdamW, and nothing else.
 
-deltaw's rows are METHOD[-ddpN|-fsdp2xN][-fp8[-but-down]][-flash][-general][-gc][@BUDGET] with METHOD lora, qlora, dora
-or qdora: `fp8` with -fp8, `attention` flash with -flash, `fast` off with -general, `gradient_checkpointing` with -gc,
+deltaw's rows are METHOD[-ddpN|-fsdp2xN][-fp8[-most|-backward]][-flash][-general][-gc][@BUDGET] with METHOD lora, qlora,
+dora or qdora: `fp8` with -fp8, `attention` flash with -flash, `fast` off with -general, `gradient_checkpointing` with -gc,
 BUDGET the key `memory_budget`, `max` for all that the card has (on a CPU, which has no budget, layers are fused and the
 row says that none was given).
 Peers and `frozen` (stock transformers, forward and backward alone) recompute activations, but for -nogc; -offload is
@@ -230,7 +230,10 @@ def system_name(text: str) -> str:
     """A row's name, checked."""
     if OWN_ROW.fullmatch(text) or PEER_ROW.fullmatch(text):
         return text
-    own = "[q]lora or [q]dora with -ddpN or -fsdp2xN (N from 2), -fp8, -fp8-but-down, -flash, -general, -gc and @BUDGET"
+    own = (
+        "[q]lora or [q]dora with -ddpN or -fsdp2xN (N from 2), -fp8, -fp8-most, -fp8-backward, -flash, -general, -gc "
+        "and @BUDGET"
+    )
     raise argparse.ArgumentTypeError(f"{text!r} is no row: expected {own}, or one of {', '.join(PEERS)}")
 
 

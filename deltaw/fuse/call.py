@@ -64,7 +64,8 @@ class Call:
         attend: (q, k, v), each (batch, heads, seq, head_dim), to (batch, seq, heads, head_dim), differentiable.
         keep: what stays for the backward pass.
         host: where "host" and "host-attention" put what they keep.
-        fp8: names of the linears whose products with W are made in 8-bit floats.
+        fp8: names of the linears whose products with W are made in 8-bit floats, backward.
+        fp8_forward: those of which forward too.
         store: what stays between calls.
         handed: the last gradient that a fused layer handed on, with the room behind it.
         index: of the layer.
@@ -83,6 +84,7 @@ class Call:
     keep: Keep = "all"
     host: HostMemory | None = None
     fp8: frozenset[str] = frozenset()
+    fp8_forward: frozenset[str] = frozenset()
     store: Store = field(default_factory=Store)
     handed: list[Tensor] = field(default_factory=list)
     index: int = 0
@@ -92,8 +94,14 @@ class Call:
     def group(self, names: str, dtype: torch.dtype) -> Group:
         """The group of some linears, by their names with blanks between."""
         parts = names.split()
-        fp8 = self.fp8.issuperset(parts)
-        return Group([self.linears[name] for name in parts], dtype, fp8=fp8, store=self.store, name=(self.index, names))
+        return Group(
+            [self.linears[name] for name in parts],
+            dtype,
+            fp8=self.fp8.issuperset(parts),
+            fp8_forward=self.fp8_forward.issuperset(parts),
+            store=self.store,
+            name=(self.index, names),
+        )
 
 
 QKV, OUT, GATE_UP, DOWN = GROUPS = "q k v", "o", "gate up", "down"

@@ -22,6 +22,7 @@ from deltaw.core.protocols import packed_of
 from deltaw.fuse import flash
 from deltaw.fuse.block import run_block
 from deltaw.fuse.call import GROUPS, Call, Norm
+from deltaw.fuse.directions import Directions, directions
 from deltaw.fuse.group import join, part
 from deltaw.fuse.head import undisturbed
 from deltaw.fuse.keep import Keep, Room
@@ -32,11 +33,13 @@ from deltaw.kernels.norm import rms_norm_torch
 from deltaw.methods.host import book_of
 
 _STATE = "_deltaw_fused"
-Fp8 = Literal["none", "all", "all-but-down"]
-FP8: dict[Fp8, frozenset[str]] = {
-    "none": frozenset(),
-    "all": frozenset(PROJECTIONS),
-    "all-but-down": frozenset(PROJECTIONS) - {"down"},
+Fp8 = Literal["none", "backward", "most", "all"]
+#: Names of the linears with products in 8-bit floats: forward, and backward.
+FP8: dict[Fp8, tuple[frozenset[str], frozenset[str]]] = {
+    "none": (frozenset(), frozenset()),
+    "backward": (frozenset(), frozenset(PROJECTIONS)),
+    "most": (frozenset({"o", "gate", "up"}), frozenset(PROJECTIONS)),
+    "all": (frozenset(PROJECTIONS), frozenset(PROJECTIONS)),
 }
 #: Modules of a layer that the fused function knows; one more, and it is another structure.
 _KNOWN = frozenset(
@@ -76,7 +79,8 @@ def install_blocks(
         How many layers are fused, how many there are, and why the first one that is not is left as it is.
     """
     layers = _decoder_layers(model)
-    fusion = Fusion(keep, room or Room(), len(layers), say, FP8[fp8], by_flash)
+    forward, backward = FP8[fp8]
+    fusion = Fusion(keep, room or Room(), len(layers), say, backward, forward, by_flash)
     reasons: list[str] = []
     found: list[Layer] = []
     for index, module in enumerate(layers):
@@ -122,7 +126,7 @@ def _join(layer: Layer) -> None:
     for names in GROUPS:
         modules = [layer.module.get_submodule(PROJECTIONS[name]) for name in names.split()]
         linears = [linear for module in modules if not isinstance(linear := fused_linear(module), str)]
-        if layer.fusion.fp8.issuperset(names.split()) or len(linears) < len(modules):
+        if layer.fusion.fp8_forward.issuperset(names.split()) or len(linears) < len(modules):
             continue
         whole = join([module.weight for module in modules], sum(linear.rank for linear in linears))
         if whole is not None:
@@ -150,6 +154,44 @@ def set_turn(model: nn.Module, turn: int) -> None:
     if layer is not None:
         # All layers share it.
         layer.__dict__[_STATE].fusion.store.turn = turn
+
+
+def learn_directions(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    """From a batch (batch, seq) learns how 8-bit products forward make up for rounding: see `directions.py`.
+
+    The model runs it with its adapters as they are, by the layers' own forward. A model that is sharded knows no whole
+    weights: learn before.
+    """
+    learned: dict[Any, Directions] = {}
+
+    def learn(layer: Layer, names: str) -> Any:
+        modules = [layer.module.get_submodule(PROJECTIONS[name]) for name in names.split()]
+        linears = [linear for module in modules if not isinstance(linear := fused_linear(module), str)]
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0] if attention_mask is None else args[0][attention_mask.bool()]
+            W = torch.cat([linear.weight.dequantize(dtype=torch.float32) for linear in linears])
+            learned[layer.index, names] = directions(x.flatten(0, -2), W)
+
+        # What no fused function computes now has nothing to be made up for.
+        return modules[0].register_forward_pre_hook(hook) if len(linears) == len(modules) else None
+
+    fused = [layer.__dict__[_STATE] for layer in _decoder_layers(model) if _STATE in layer.__dict__]
+    handles = [
+        handle
+        for layer in fused
+        for names in GROUPS
+        if layer.fusion.fp8_forward.issuperset(names.split()) and (handle := learn(layer, names)) is not None
+    ]
+    try:
+        if handles:
+            with undisturbed(model):
+                getattr(model, "base_model", model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in fused:
+        layer.fusion.store.directions = learned
 
 
 def leave_checkpointing(model: nn.Module) -> None:
@@ -292,6 +334,7 @@ def call_of(layer: Layer, given: dict[str, Any], keep: Keep | None = None) -> Ca
         keep=keep or fusion.of(layer, x, masked=given.get("attention_mask") is not None),
         host=fusion.host,
         fp8=fusion.fp8,
+        fp8_forward=fusion.fp8_forward,
         store=fusion.store,
         handed=fusion.handed,
         index=layer.index,
@@ -406,7 +449,7 @@ def _computes_the_same(layer: Layer, like: Tensor, given: dict[str, Any]) -> boo
     own = type(layer.module).forward
     call = call_of(layer, {**given, "hidden_states": like}, keep="input")
     assert isinstance(call, Call)
-    call.fp8 = frozenset()
+    call.fp8 = call.fp8_forward = frozenset()
 
     def output(x: Tensor) -> Tensor:
         out = own(layer.module, x, **given)

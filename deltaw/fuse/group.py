@@ -13,10 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.fuse.directions import Directions
 from deltaw.fuse.linears import Fused
 from deltaw.fuse.thin import Factors, Thin
 from deltaw.kernels.factors import Factor
-from deltaw.kernels.fp8 import matmul_fp8, quantize_nf4, quantize_rows, quantize_rows_and_columns, spreads
+from deltaw.kernels.fp8 import (
+    LARGEST,
+    matmul_fp8,
+    quantize_nf4,
+    quantize_rows,
+    quantize_rows_and_columns,
+    rounding_error,
+    spreads,
+)
 from deltaw.kernels.low_rank import add_product, outer_sum, project, project_and_sum
 from deltaw.kernels.scaled import scale_and_sum
 from deltaw.quant.codebooks import nf4_code
@@ -28,8 +37,9 @@ LEAST = 1e-6
 #: Optimizer steps after which a layer's 8-bit weights are rounded anew, with other scales; layers take turns. 0: never.
 TURNS = 8
 
-#: W by rows and by columns in 8 bits with their scales, as `quantize_rows_and_columns` gives them.
-Narrow = tuple[Tensor, Tensor, Tensor, Tensor]
+#: W by rows and by columns in 8 bits with their scales, as `quantize_rows_and_columns` gives them; by rows with V of
+#: the group's directions behind, and only where products forward read them.
+Narrow = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 
 #: Columns of low-rank factors are padded to multiples of this: kernels then know that rows begin at whole vectors.
 ALIGNED = 16
@@ -45,6 +55,7 @@ class Store:
         holds: layers (the first of a name) of which it may.
         factors: those of all groups.
         narrow: weights in 8 bits, with those that they were made of; None: they are made at every use.
+        directions: of groups with 8-bit products forward, those of their input, once they have been learned.
         turn: optimizer steps that were made.
     """
 
@@ -53,19 +64,20 @@ class Store:
     holds: range = range(0)
     factors: Factors = field(default_factory=Factors)
     narrow: dict[Any, tuple[Narrow, list[Any]]] | None = None
+    directions: dict[Any, Directions] = field(default_factory=dict)
     turn: int = 0
 
     @property
     def held_bytes(self) -> int:
         """Of what `hold` lets stay."""
-        narrow = sum(t.nbytes for made, _ in (self.narrow or {}).values() for t in made)
+        narrow = sum(t.nbytes for made, _ in (self.narrow or {}).values() for t in made if t is not None)
         return narrow + sum(whole.nbytes for whole, _ in self.decoded.values())
 
     def hold(self, count: int, layers: int, *, narrow: bool) -> None:
-        """Lets decoded weights of the last `count` of the layers stay; or 8-bit ones, of all or of none."""
+        """Lets decoded weights of the last `count` of the layers stay; with 8-bit ones, of all or of none."""
         if narrow:
-            self.narrow = None if count < layers else {} if self.narrow is None else self.narrow
-            return
+            count = count if count >= layers else 0
+            self.narrow = None if not count else {} if self.narrow is None else self.narrow
         self.holds = range(max(0, layers - count), layers)
         self.factors.forget([name for name in self.decoded if name[0] not in self.holds])
         self.decoded = {name: kept for name, kept in self.decoded.items() if name[0] in self.holds}
@@ -81,7 +93,8 @@ class Group:
     Args:
         linears: of one input width.
         dtype: of the arithmetic's tensors.
-        fp8: whether products with W are made in 8-bit floats.
+        fp8: whether products with W are made in 8-bit floats, backward.
+        fp8_forward: whether forward too.
         store: what stays between calls.
         name: of the group there.
     """
@@ -92,10 +105,12 @@ class Group:
         dtype: torch.dtype,
         *,
         fp8: bool = False,
+        fp8_forward: bool = False,
         store: Store | None = None,
         name: Any = None,
     ) -> None:
-        self.linears, self.dtype, self.fp8, self.name = linears, dtype, fp8, name
+        self.linears, self.dtype, self.name = linears, dtype, name
+        self.fp8, self.fp8_forward = fp8 or fp8_forward, fp8_forward
         self.store = Store() if store is None else store
         self.widths = [linear.weight.shape[0] for linear in linears]
         self.rows, self.columns = sum(self.widths), linears[0].weight.shape[1]
@@ -103,9 +118,9 @@ class Group:
         self.bias = self._one([linear.bias for linear in linears], 0.0)
         self.packed: list[Any] = [getattr(linear.weight, "packed", None) for linear in linears]
         self.decoded = all(isinstance(weight, NF4Weight) for weight in self.packed)
-        self.joined = None if fp8 else self._held() if self.decoded else self._joined()
+        self.joined = None if fp8_forward else self._held() if self.decoded else self._joined()
         #: Columns that x and g may have behind them.
-        self.spare = self.P if self.joined is not None or (self.decoded and not fp8) else 0
+        self.spare = self.P if self.joined is not None or (self.decoded and not fp8_forward) else 0
         self._thin: Thin | None = None
         self._c: Tensor | None = None
         #: What was decoded for the norms, for the product that comes next.
@@ -177,7 +192,7 @@ class Group:
             return
         W = self._weight(B=True)
         U = None if W is None else W[:, : self.columns] @ self.thin.A.t()
-        if self.joined is None and not self.fp8:
+        if self.joined is None and not self.fp8_forward:
             self._decoded = W
         row = at = 0
         for linear, width in zip(self.linears, self.widths, strict=True):
@@ -298,9 +313,12 @@ class Group:
         scaled = self.c is not None
         B = None if h is None or lean else self.thin.B
         # A product that adds to what is there is slower by more than a pass that adds, and copies `onto` first.
-        if self.fp8:
-            W, scale, _, _ = self._narrow()
-            z = matmul_fp8(*quantize_rows(x), W, scale, out_dtype=x.dtype, fast_accumulation=True)
+        if self.fp8_forward:
+            W, scale, _, _ = self._narrow(forward=True)
+            assert W is not None and scale is not None
+            along = self.store.directions.get(self.name)
+            q = quantize_rows(x, behind=None if along is None else x @ along.P)
+            z = matmul_fp8(*q, W, scale, out_dtype=x.dtype, fast_accumulation=True)
         elif h is not None and x.shape[1] == self.columns + self.P:
             whole, B = self._weight(B=True), None
             assert whole is not None
@@ -321,26 +339,40 @@ class Group:
     def _empty(self, x: Tensor, spare: int) -> Tensor:
         return x.new_empty(len(x), self.rows + spare)[:, : self.rows]
 
-    def _narrow(self) -> Narrow:
+    def _narrow(self, *, forward: bool) -> Narrow:
         """W in 8 bits, the same in both directions of a step."""
-        held, turn = self.store.narrow, self.store.turn
-        if self.name is None or not TURNS:
-            turn = 0
-        else:
-            turn = max(0, turn - (turn + self.name[0]) % TURNS)
-        source = [*self._source, (turn,)]
+        held, turn, along = self.store.narrow, 0, None
+        if self.fp8_forward and self.name is not None:
+            turn = self.store.turn
+            turn = max(0, turn - (turn + self.name[0]) % TURNS) if TURNS else 0
+            along = self.store.directions.get(self.name) if forward or held is not None else None
+        source = [*self._source, (turn,), along]
         if held is not None and self.name in held:
             if _same(held[self.name][1], source):
                 return held[self.name][0]
             del held[self.name]
-        spread = spreads(self.rows, self.columns, turn, self.linears[0].weight.device) if turn else None
-        if self.decoded:
-            made = quantize_nf4(self.packed, nf4_code(self.packed[0].device), spread=spread)
-        else:
-            made = quantize_rows_and_columns([linear.weight.dequantize() for linear in self.linears], spread=spread)
+        made = self._made_narrow(turn, along)
         if held is not None:
             held[self.name] = made, source
         return made
+
+    def _made_narrow(self, turn: int, along: Directions | None) -> Narrow:
+        device = self.linears[0].weight.device
+        spread = spreads(self.rows, self.columns, turn, device) if turn else None
+        room = 0 if along is None else along.R.shape[1]
+        if self.decoded:
+            parts, code = self.packed, nf4_code(device)
+            q, scale, qT, scaleT = quantize_nf4(parts, code, spread=spread, room=room)
+        else:
+            parts, code = [linear.weight.dequantize() for linear in self.linears], None
+            q, scale, qT, scaleT = quantize_rows_and_columns(parts, spread=spread, room=room)
+        if not self.fp8_forward:
+            return None, None, qT, scaleT
+        if along is not None:
+            V = rounding_error(parts, q, scale, along.R, code=code)
+            q = q.as_strided((self.rows, self.columns + room), q.stride())
+            q[:, self.columns :] = (V / scale[:, None]).clamp_(-LARGEST, LARGEST).to(q.dtype)
+        return q, scale, qT, scaleT
 
     def finish(self, z: Tensor) -> Tensor:
         """Y of z, in place: c z + b where there is a c."""
@@ -402,7 +434,7 @@ class Group:
             self.k = room
         dx: Tensor | None = None
         if need_x and self.fp8:
-            _, _, W, scale = self._narrow()
+            _, _, W, scale = self._narrow(forward=False)
             dx = matmul_fp8(*quantize_rows(g), W, scale, out_dtype=g.dtype)
             if self.k is not None and not lean:
                 dx.addmm_(self.k, self.thin.A)

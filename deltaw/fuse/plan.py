@@ -34,7 +34,8 @@ class Fusion:
         layers: how many are fused.
         say: takes a line about the plan of each batch longer than those before.
         host: where inputs go that are kept in host memory.
-        fp8: names of the linears whose products are made in 8-bit floats.
+        fp8: names of the linears whose products are made in 8-bit floats, backward.
+        fp8_forward: those of which forward too.
         by_flash: whether attention goes to FlashAttention 4 where that takes it.
         store: weights and factors as the linears' products take them.
         handed: see `Call`.
@@ -50,6 +51,7 @@ class Fusion:
     layers: int = 0
     say: Callable[[str], None] = lambda line: None
     fp8: frozenset[str] = frozenset()
+    fp8_forward: frozenset[str] = frozenset()
     by_flash: bool = False
     store: Store = field(default_factory=Store)
     handed: list[Tensor] = field(default_factory=list)
@@ -153,9 +155,13 @@ class Layer:
 
     @property
     def held_bytes(self) -> int:
-        """Of the weights as products take them: in 8 bits by rows and by columns, or decoded."""
-        total = sum(rows * columns for rows, columns in self.shapes.values())
-        return total * (2 if self.fusion.fp8 else self.norms[0].weight.element_size())
+        """Of the weights as products take them: in 8 bits by rows or by columns, or decoded."""
+        itemsize, total = self.norms[0].weight.element_size(), 0
+        for name, (rows, columns) in self.shapes.items():
+            packed = packed_of(self.module.get_submodule(PROJECTIONS[name]).weight) is not None
+            forward = 1 if name in self.fusion.fp8_forward else itemsize if packed else 0
+            total += rows * columns * (forward + (name in self.fusion.fp8))
+        return total
 
     def moved_bytes(self, tokens: int) -> int:
         """Of what one layer keeps on the host: some of another layer's is on the card, on its way."""

@@ -87,36 +87,47 @@ class Packed4Bit(Protocol):
         """Values that share a scale."""
 
 
-def quantize_rows(x: Tensor, *, out: Tensor | None = None) -> Rows:
+def quantize_rows(x: Tensor, *, behind: Tensor | None = None, out: Tensor | None = None) -> Rows:
     """X as e4m3 with a scale for each row.
 
     Args:
         x: (M, K), any strides; rows of contiguous values are read as they lie.
-        out: storage for q, (M, K) float8_e4m3fn, contiguous. None makes it.
+        behind: (M, P) in x's dtype, taken as more columns of x.
+        out: storage for q, (M, K + P) float8_e4m3fn, contiguous. None makes it.
 
     Returns:
-        q (M, K) float8_e4m3fn and scale (M,) float32, so that x ~ q scale.
+        q (M, K + P) float8_e4m3fn and scale (M,) float32, so that [x, behind] ~ q scale.
 
     Raises:
-        InputError: no floating matrix with columns; an `out` that does not fit.
+        InputError: no floating matrix with columns; a `behind` or an `out` that does not fit.
     """
     _check_matrix("x", x)
+    if behind is not None:
+        _check_matrix("behind", behind)
+        if (len(behind), behind.dtype, behind.device) != (len(x), x.dtype, x.device):
+            raise InputError(
+                f"behind is {behind.dtype} of {len(behind)} rows on {behind.device}: expected {x.dtype}, {len(x)} rows "
+                f"on {x.device}, as x is"
+            )
+    shape = len(x), x.shape[1] + (0 if behind is None else behind.shape[1])
     if out is not None and (
-        out.shape != x.shape or out.dtype != torch.float8_e4m3fn or out.device != x.device or not out.is_contiguous()
+        out.shape != shape or out.dtype != torch.float8_e4m3fn or out.device != x.device or not out.is_contiguous()
     ):
         raise InputError(
             f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}: expected float8_e4m3fn, contiguous, "
-            f"{tuple(x.shape)} on {x.device}"
+            f"{shape} on {x.device}"
         )
     kernels = triton_form(x, "fp8_triton")
     form = quantize_rows_torch if kernels is None else kernels.quantize_rows
-    result: Rows = form(_rows_in_order(x), out=out)
+    result: Rows = form(_rows_in_order(x), behind=None if behind is None else _rows_in_order(behind), out=out)
     return result
 
 
-def quantize_rows_torch(x: Tensor, *, out: Tensor | None = None, spread: Tensor | None = None) -> Rows:
+def quantize_rows_torch(
+    x: Tensor, *, behind: Tensor | None = None, out: Tensor | None = None, spread: Tensor | None = None
+) -> Rows:
     """`quantize_rows` in torch on any device; scales are of the largest values times `spread`."""
-    wide = x.to(wide_dtype(x.dtype))
+    wide = (x if behind is None else torch.cat([x, behind], 1)).to(wide_dtype(x.dtype))
     # Torch divides by a number as it multiplies with its inverse on CUDA and not on CPU; this is one product on both.
     largest = wide.abs().amax(1)
     if spread is not None:
@@ -138,7 +149,9 @@ def spreads(rows: int, columns: int, turn: int, device: torch.device) -> Tensor:
     return torch.exp2((place * 0.5698402909980532 + turn * 0.7548776662466927).frac_()).float()
 
 
-def quantize_rows_and_columns(W: Tensor | Sequence[Tensor], *, spread: Tensor | None = None) -> RowsAndColumns:
+def quantize_rows_and_columns(
+    W: Tensor | Sequence[Tensor], *, spread: Tensor | None = None, room: int = 0
+) -> RowsAndColumns:
     """W and W^T as e4m3, each with a scale for each of its rows.
 
     Args:
@@ -146,9 +159,10 @@ def quantize_rows_and_columns(W: Tensor | Sequence[Tensor], *, spread: Tensor | 
             share an input become one product.
         spread: (N + K,) float32, by which the scales of rows and of columns are larger than they need to be, as
             `spreads` gives them.
+        room: columns of memory behind the rows of the first q.
 
     Returns:
-        q (N, K), scales (N,); q of W^T (K, N), scales (K,); all contiguous.
+        q (N, K), scales (N,); q of W^T (K, N), scales (K,); all contiguous, but q where there is room behind its rows.
 
     Raises:
         InputError: no floating matrices with rows and columns, or of different dtypes, devices or K.
@@ -159,19 +173,24 @@ def quantize_rows_and_columns(W: Tensor | Sequence[Tensor], *, spread: Tensor | 
         _check_matrix("W", part)
     kernels = triton_form(parts[0], "fp8_triton")
     form = quantize_rows_and_columns_torch if kernels is None else kernels.quantize_rows_and_columns
-    result: RowsAndColumns = form([_rows_in_order(part) for part in parts], spread=spread)
+    result: RowsAndColumns = form([_rows_in_order(part) for part in parts], spread=spread, room=room)
     return result
 
 
-def quantize_rows_and_columns_torch(parts: Sequence[Tensor], *, spread: Tensor | None = None) -> RowsAndColumns:
+def quantize_rows_and_columns_torch(
+    parts: Sequence[Tensor], *, spread: Tensor | None = None, room: int = 0
+) -> RowsAndColumns:
     """`quantize_rows_and_columns` of matrices one below the other, in torch on any device."""
     W = torch.cat(list(parts))
     of_rows, of_columns = (None, None) if spread is None else spread.split([*W.shape])
-    return (*quantize_rows_torch(W, spread=of_rows), *quantize_rows_torch(W.t().contiguous(), spread=of_columns))
+    q, scale = quantize_rows_torch(W, spread=of_rows)
+    if room:
+        q = torch.empty(len(q), q.shape[1] + room, dtype=q.dtype, device=q.device)[:, : q.shape[1]].copy_(q)
+    return (q, scale, *quantize_rows_torch(W.t().contiguous(), spread=of_columns))
 
 
 def quantize_nf4(
-    weight: Packed4Bit | Sequence[Packed4Bit], code: Tensor, *, spread: Tensor | None = None
+    weight: Packed4Bit | Sequence[Packed4Bit], code: Tensor, *, spread: Tensor | None = None, room: int = 0
 ) -> RowsAndColumns:
     """`quantize_rows_and_columns` of weights in 4 bits, whose float32 values exist in registers only.
 
@@ -182,6 +201,7 @@ def quantize_nf4(
         weight: W (N, K), or several of one K.
         code: (16,) float32, its codebook.
         spread: as for `quantize_rows_and_columns`.
+        room: as there.
 
     Raises:
         InputError: no rows or columns, or different devices or K.
@@ -191,10 +211,55 @@ def quantize_nf4(
     columns = parts[0].shape[1]
     kernels = triton_form(code, "fp8_triton")
     if kernels is None or columns % 2:
-        return quantize_rows_and_columns([_values(part, code) for part in parts], spread=spread)
-    given = [(part.codes, part.scales, part.shape[0], part.block_size) for part in parts]
-    result: RowsAndColumns = kernels.quantize_nf4(given, code, columns, spread=spread)
+        return quantize_rows_and_columns([_values(part, code) for part in parts], spread=spread, room=room)
+    result: RowsAndColumns = kernels.quantize_nf4(_given(parts), code, columns, spread=spread, room=room)
     return result
+
+
+def rounding_error(
+    W: Sequence[Tensor] | Sequence[Packed4Bit], q: Tensor, scale: Tensor, R: Tensor, *, code: Tensor | None = None
+) -> Tensor:
+    """(W - scale q) R: what rounding took from W, along some directions.
+
+    Args:
+        W: matrices of one K, one below the other, (N, K) in all; dense, or in 4 bits with their codebook `code`.
+        q: (N, K) float8_e4m3fn, rows contiguous, any stride between them.
+        scale: (N,) float32.
+        R: (K, P) float32, P a power of two from 16 on.
+        code: (16,) float32.
+
+    Returns:
+        (N, P) float32.
+    """
+    dense = [part for part in W if isinstance(part, Tensor)]
+    kernels = triton_form(R, "fp8_triton")
+    if kernels is None or (dense and dense[0].dtype == torch.float64) or (not dense and R.shape[0] % 2):
+        return rounding_error_torch(W, q, scale, R, code=code)
+    if dense:
+        result: Tensor = kernels.rounding_error([_rows_in_order(part) for part in dense], q, scale, R)
+    else:
+        result = kernels.rounding_error(_given([part for part in W if not isinstance(part, Tensor)]), q, scale, R, code)
+    return result
+
+
+def rounding_error_torch(
+    W: Sequence[Tensor] | Sequence[Packed4Bit], q: Tensor, scale: Tensor, R: Tensor, *, code: Tensor | None = None
+) -> Tensor:
+    """`rounding_error` in torch on any device."""
+    found, row = [], 0
+    for part in W:
+        if not isinstance(part, Tensor):
+            assert code is not None
+            part = _values(part, code)
+        rows = slice(row, row + len(part))
+        found.append((part.float() - q[rows].float() * scale[rows, None]) @ R)
+        row += len(part)
+    return torch.cat(found)
+
+
+def _given(parts: Sequence[Packed4Bit]) -> list[tuple[Tensor, Tensor | NestedScales, int, int]]:
+    """Weights in 4 bits as the kernels take them."""
+    return [(part.codes, part.scales, part.shape[0], part.block_size) for part in parts]
 
 
 def _values(weight: Packed4Bit, code: Tensor) -> Tensor:

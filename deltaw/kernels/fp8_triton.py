@@ -39,6 +39,9 @@ ABSMAX_TILES = 4
 #: Rows and columns of a tile that is quantised; both are also the bytes of a line that it writes.
 QUANTIZE_TILE = (64, 128)
 
+#: Of a weight along which `rounding_error` sums, for each program.
+ERROR_TILE = (64, 64)
+
 #: Warps of the programs over tiles.
 TILE_WARPS = 8
 
@@ -86,29 +89,36 @@ def _quantize_row(v, at, live, q, scale, NATIVE: tl.constexpr):  # type: ignore[
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows_kernel(  # type: ignore[no-untyped-def]
-    x, stride, q, scale, K,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr,
+    x, stride, behind, behind_stride, q, scale, K, P,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, BEHIND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
-    q += row * K
+    q += row * (K + P)
+    more = tl.arange(0, BEHIND)
+    c = tl.load(behind + row * behind_stride + more, mask=more < P, other=0.0).to(tl.float32)
+    most = tl.max(_magnitude(c), axis=0)
     if WHOLE:
         at = tl.arange(0, BLOCK)
         v = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
-        _quantize_row(v, at, at < K, q, scale + row, NATIVE)
+        found = _scale(tl.maximum(tl.max(_magnitude(v), axis=0), most))
+        tl.store(scale + row, found)
+        inverse = tl.math.div_rn(1.0, found)
+        tl.store(q + at, _e4m3(v * inverse, NATIVE), mask=at < K)
     else:
         largest = tl.zeros([BLOCK], dtype=tl.int32)
         for start in range(0, K, BLOCK):
             at = start + tl.arange(0, BLOCK)
             v = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, _magnitude(v))
-        found = _scale(tl.max(largest, axis=0))
+        found = _scale(tl.maximum(tl.max(largest, axis=0), most))
         tl.store(scale + row, found)
         inverse = tl.math.div_rn(1.0, found)
         for start in range(0, K, BLOCK):
             at = start + tl.arange(0, BLOCK)
             v = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
             tl.store(q + at, _e4m3(v * inverse, NATIVE), mask=at < K)
+    tl.store(q + K + more, _e4m3(c * inverse, NATIVE), mask=more < P)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -200,7 +210,7 @@ def _absmax_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantize_kernel(  # type: ignore[no-untyped-def]
-    W, stride, code, absmax, map8, absmax2, offset, row_bits, column_bits, q, row_scale, qT, column_scale,
+    W, stride, code, absmax, map8, absmax2, offset, row_bits, column_bits, q, q_stride, row_scale, qT, column_scale,
     all_rows, N, K,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARE: tl.constexpr, BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCK: tl.constexpr, NATIVE: tl.constexpr,
@@ -220,10 +230,37 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
         tl.store(column_scale + at, of_columns, mask=at < K)
     live = (n[:, None] < N) & (at[None, :] < K)
     by_rows = _e4m3(w * tl.math.div_rn(1.0, of_rows)[:, None], NATIVE)
-    tl.store(q + n[:, None] * K + at[None, :], by_rows, mask=live)
+    tl.store(q + n[:, None] * q_stride + at[None, :], by_rows, mask=live)
     by_columns = _e4m3(w * tl.math.div_rn(1.0, of_columns)[None, :], NATIVE)
     live = (at[:, None] < K) & (n[None, :] < N)
     tl.store(qT + at[:, None] * all_rows + n[None, :], tl.trans(by_columns), mask=live)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _error_kernel(  # type: ignore[no-untyped-def]
+    W, stride, code, absmax, map8, absmax2, offset, q, q_stride, values, row_scale, R, out, N, K,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARE: tl.constexpr, BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr, P: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    scale = tl.load(row_scale + n, mask=n < N, other=0.0)
+    along = tl.arange(0, P)
+    total = tl.zeros([ROWS, P], dtype=tl.float32)
+    for k in range(0, K, COLUMNS):
+        w = _tile(
+            W, stride, code, absmax, map8, absmax2, offset, n, k, N, K,
+            ROWS, COLUMNS, SHARE, BLOCK_SIZE, NESTED, NESTED_BLOCK,
+        )  # fmt: skip
+        at = k + tl.arange(0, COLUMNS)
+        bits = tl.load(q + n[:, None] * q_stride + at[None, :], mask=(n[:, None] < N) & (at[None, :] < K), other=0)
+        if NATIVE:
+            rounded = bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            rounded = tl.load(values + bits.to(tl.int32))
+        lost = w - rounded * scale[:, None]
+        r = tl.load(R + at[:, None] * P + along[None, :], mask=at[:, None] < K, other=0.0)
+        total += tl.dot(lost, r, input_precision="tf32")
+    tl.store(out + n[:, None] * P + along[None, :], total, mask=n[:, None] < N)
 
 
 def _native(tensor: Tensor) -> bool:
@@ -245,21 +282,29 @@ def _outputs(rows: int, columns: int, device: torch.device, q: Tensor | None = N
     return q, torch.empty(rows, dtype=torch.float32, device=device)
 
 
-def quantize_rows(x: Tensor, *, out: Tensor | None = None, block: int | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, *, behind: Tensor | None = None, out: Tensor | None = None, block: int | None = None
+) -> tuple[Tensor, Tensor]:
     """`fp8.quantize_rows_torch` in one kernel; `block`, a power of two, is how many columns a program takes at once."""
     rows, columns = x.shape
-    q, scale = _outputs(rows, columns, x.device, out)
+    more = 0 if behind is None else behind.shape[1]
+    behind = x if behind is None else behind
+    q, scale = _outputs(rows, columns + more, x.device, out)
     size = _by_row(block or (LOOP_COLUMNS if columns > WHOLE_ROW else columns))
     if rows:
         with torch.cuda.device_of(x):
             _rows_kernel[(rows,)](
                 x,
                 x.stride(0),
+                behind,
+                behind.stride(0),
                 q.view(torch.uint8),
                 scale,
                 columns,
+                more,
                 **size,
                 WHOLE=columns <= size["BLOCK"],
+                BEHIND=max(16, triton.next_power_of_2(more)),
                 NATIVE=_native(x),
             )
     return q, scale
@@ -320,14 +365,12 @@ def quantize_rows_and_columns(
     parts: Sequence[Tensor],
     *,
     spread: Tensor | None = None,
+    room: int = 0,
     absmax_tile: tuple[int, int] = ABSMAX_TILE,
     tile: tuple[int, int] = QUANTIZE_TILE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fp8.quantize_rows_and_columns_torch` in two kernels a part; tiles are powers of two, at least 16 by 16."""
-    sources: list[_Source] = [
-        ((W, W.stride(0), *(W,) * 5), W.shape[0], {"BLOCK_SIZE": 0, "NESTED": False, "SHARE": 0}) for W in parts
-    ]
-    return _by_tiles(sources, parts[0].shape[1], absmax_tile, tile, spread)
+    return _by_tiles(_dense(parts), parts[0].shape[1], absmax_tile, tile, spread, room)
 
 
 def quantize_nf4(
@@ -336,10 +379,63 @@ def quantize_nf4(
     columns: int,
     *,
     spread: Tensor | None = None,
+    room: int = 0,
     absmax_tile: tuple[int, int] = ABSMAX_TILE,
     tile: tuple[int, int] = QUANTIZE_TILE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of matrices in 4 bits, each (codes, scales, rows, block size), with an even number of columns."""
+    sources = _packed(parts, code, columns, min(tile[1], absmax_tile[1]))
+    return _by_tiles(sources, columns, absmax_tile, tile, spread, room)
+
+
+def rounding_error(
+    parts: Sequence[Tensor] | Sequence[tuple[Tensor, Tensor | NestedScales, int, int]],
+    q: Tensor,
+    scale: Tensor,
+    R: Tensor,
+    code: Tensor | None = None,
+    *,
+    tile: tuple[int, int] = ERROR_TILE,
+) -> Tensor:
+    """`fp8.rounding_error_torch` in a kernel a part; `parts` as for the functions above."""
+    columns, directions = R.shape
+    sources = _dense(parts) if code is None else _packed(parts, code, columns, tile[1])  # type: ignore[arg-type]
+    found = R.new_empty(len(q), directions)
+    native = _native(R)
+    values = R if native else torch.arange(256, device=R.device).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    start = 0
+    with torch.cuda.device_of(R):
+        for source, rows, options in sources:
+            _error_kernel[(triton.cdiv(rows, tile[0]),)](
+                *source,
+                q.view(torch.uint8)[start:],
+                q.stride(0),
+                values,
+                scale[start:],
+                R.contiguous(),
+                found[start:],
+                rows,
+                columns,
+                ROWS=tile[0],
+                COLUMNS=tile[1],
+                **options,
+                NESTED_BLOCK=NESTED_BLOCK,
+                P=directions,
+                NATIVE=native,
+                num_warps=TILE_WARPS,
+            )
+            start += rows
+    return found
+
+
+def _dense(parts: Sequence[Tensor]) -> list[_Source]:
+    return [((W, W.stride(0), *(W,) * 5), W.shape[0], {"BLOCK_SIZE": 0, "NESTED": False, "SHARE": 0}) for W in parts]
+
+
+def _packed(
+    parts: Sequence[tuple[Tensor, Tensor | NestedScales, int, int]], code: Tensor, columns: int, widest: int
+) -> list[_Source]:
+    """Of weights in 4 bits, for tiles of at least `widest` columns."""
     sources: list[_Source] = []
     for codes, scales, rows, block_size in parts:
         nested = isinstance(scales, NestedScales)
@@ -348,10 +444,10 @@ def quantize_nf4(
         )
         tensors = [part.contiguous().to(codes.device) for part in given]
         # Columns that share a scale in every row, wherever blocks begin: a power of two that divides both.
-        share = min(columns & -columns, block_size, tile[1], absmax_tile[1])
+        share = min(columns & -columns, block_size, widest)
         options = {"BLOCK_SIZE": block_size, "NESTED": nested, "SHARE": share}
         sources.append(((codes.contiguous(), 0, code, *tensors), rows, options))
-    return _by_tiles(sources, columns, absmax_tile, tile, spread)
+    return sources
 
 
 def _by_tiles(
@@ -360,12 +456,14 @@ def _by_tiles(
     absmax_tile: tuple[int, int],
     tile: tuple[int, int],
     spread: Tensor | None,
+    room: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both forms of matrices one below the other, each (what `_tile` reads it from, rows, what `_tile` must know)."""
     all_rows = sum(rows for _, rows, _ in sources)
     first = sources[0][0][0]
     assert isinstance(first, Tensor)
-    q, row_scale = _outputs(all_rows, columns, first.device)
+    q, row_scale = _outputs(all_rows, columns + room, first.device)
+    q = q[:, :columns]
     qT, column_scale = _outputs(columns, all_rows, first.device)
     bits = torch.zeros(all_rows + columns, dtype=torch.int32, device=first.device)
     shared = {"NESTED_BLOCK": NESTED_BLOCK, "num_warps": TILE_WARPS, "enable_fp_fusion": False}
@@ -394,6 +492,7 @@ def _by_tiles(
                 bits[start:],
                 bits[all_rows:],
                 q.view(torch.uint8)[start:],
+                q.stride(0),
                 row_scale[start:],
                 qT.view(torch.uint8)[:, start:],
                 column_scale,

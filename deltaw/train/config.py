@@ -92,8 +92,9 @@ class TrainConfig:
             none is), `off`.
         memory_budget: the most that may be allocated on the GPU, in bytes or as "10.4GB": fused layers keep what fits
             and make the rest again. None: what the card has.
-        fp8: fused layers' products with frozen weights in 8-bit floats: `none`, `all`, or `all-but-down` (the MLP's
-            output, which loses most by it, in the base's dtype). Faster on GPUs from compute capability 8.9 on.
+        fp8: fused layers' products with frozen weights in 8-bit floats: `none`, `backward` (gradients' alone, which
+            lose next to nothing by it), `most` (of the forward pass o, gate and up too), `all`. Faster on GPUs from
+            compute capability 8.9 on.
         attention: of fused layers, where it is causal and needs no mask: `sdpa` (torch's, cuDNN's kernels first) or
             `flash` (FlashAttention 4, the package flash-attn-4), which is faster for rows of many thousand tokens.
         log_every: optimizer steps between lines of `metrics.jsonl`.
@@ -215,7 +216,7 @@ class TrainConfig:
         _choice("quantize", self.quantize, ("none", "nf4"))
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("fast", self.fast, ("auto", "on", "off"))
-        _choice("fp8", self.fp8, ("none", "all", "all-but-down"))
+        _choice("fp8", self.fp8, ("none", "backward", "most", "all"))
         _choice("attention", self.attention, ("sdpa", "flash"))
         for key, asked in (("fp8", self.fp8 != "none"), ("attention flash", self.attention == "flash")):
             if asked and self.fast == "off":

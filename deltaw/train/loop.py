@@ -19,7 +19,7 @@ from deltaw.core.protocols import packed_of
 from deltaw.data import Collator
 from deltaw.fuse import flash
 from deltaw.fuse.attention import FastCpuAttention
-from deltaw.fuse.decoder import install_blocks, leave_checkpointing, uninstall_blocks
+from deltaw.fuse.decoder import install_blocks, learn_directions, leave_checkpointing, uninstall_blocks
 from deltaw.fuse.head import install_loss_head, uninstall_loss_head
 from deltaw.fuse.keep import HEAD_BYTES, Keep, Room
 from deltaw.methods import NEFTune, adapt, delete_adapter, method_of
@@ -31,6 +31,9 @@ from deltaw.train.sharding import shard
 from deltaw.train.trainer import DeltawTrainer, EvaluateFn
 
 Example = dict[str, list[int]]
+
+#: That the directions of 8-bit products are learned from.
+SAMPLE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,9 @@ def fit(
             arguments = training_arguments(
                 config, run.path, units, device, evaluate is not None, private=private is not None
             )
+            if config.fp8 != "none":
+                # The same rows whether the run begins or resumes.
+                learn_directions(model, **_sample(examples, collator, device))
             if config.sharding == "fsdp2":
                 shard(model, device)
             trainer = DeltawTrainer(
@@ -160,6 +166,20 @@ def fit(
         best_step=trainer.state.best_global_step if config.early_stopping else None,
         stopped_early=trainer.state.global_step < trainer.state.max_steps,
     )
+
+
+def _sample(examples: Sequence[Any], collator: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    """Token ids and mask of the first rows."""
+    rows: list[Any] = []
+    longest = 0
+    for row in examples:
+        longest = max(longest, min(len(row["input_ids"]), SAMPLE_TOKENS))
+        if rows and (len(rows) + 1) * longest > SAMPLE_TOKENS:
+            break
+        rows.append(row)
+    inputs = collator(rows)
+    names = [name for name in ("input_ids", "attention_mask") if name in inputs]
+    return {name: inputs[name][:, :SAMPLE_TOKENS].to(device) for name in names}
 
 
 @contextlib.contextmanager

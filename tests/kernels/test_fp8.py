@@ -194,6 +194,30 @@ def test_columns_are_the_rows_of_the_transpose(shape):
         assert ((codes.float() * scale[:, None] - w.float()).abs() <= w.float().abs() / 16 + scale[:, None] / 512).all()
 
 
+def test_columns_behind_rows_are_columns_of_them():
+    x, more = matrix((9, 33), torch.bfloat16), matrix((9, 7), torch.bfloat16, seed="more")
+    wanted = fp8.quantize_rows(torch.cat([x, more], 1))
+    assert_same(fp8.quantize_rows(x, behind=more), wanted)
+    out = torch.zeros(9, 40, dtype=torch.float8_e4m3fn)
+    assert fp8.quantize_rows(x, behind=more.t().contiguous().t(), out=out)[0] is out
+    assert torch.equal(out.view(torch.uint8), wanted[0].view(torch.uint8))
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_what_rounding_takes_along_directions(four_bits):
+    W, R = matrix((40, 64)), torch.randn(64, 16, generator=generator(0, "R"))
+    code = nf4_code() if four_bits else None
+    part = NF4Weight.quantize(W) if four_bits else W
+    exact = part.dequantize(dtype=torch.float32) if four_bits else W
+    made = fp8.quantize_nf4([part, part], code, room=5) if four_bits else fp8.quantize_rows_and_columns([W, W], room=5)
+    q, scale = made[:2]
+    assert_same((q.contiguous(), *made[1:]), fp8.quantize_rows_and_columns([exact, exact]))
+    assert q.stride() == (69, 1) and q.untyped_storage().nbytes() == 80 * 69
+    wanted = (torch.cat([exact, exact]).double() - q.double() * scale.double()[:, None]) @ R.double()
+    found = fp8.rounding_error([part, part], q, scale, R, code=code)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("shape", NF4_SHAPES)
 def test_four_bits_become_eight(shape, double_quant):
@@ -348,6 +372,9 @@ def intact(frame):
 def test_kernel_for_rows(conversion, shape, block, dtype):
     x = matrix((shape[0], shape[1] + 3), dtype, device=DEVICE)[:, 1:-2]
     assert_same(conversion.quantize_rows(x, block=block), fp8.quantize_rows_torch(x))
+    for more in (matrix((shape[0], 7), dtype, seed="more", device=DEVICE), 1e3 * x[:, :1]):
+        wanted = fp8.quantize_rows_torch(x, behind=more)
+        assert_same(conversion.quantize_rows(x, behind=more, block=block), wanted)
     out = torch.zeros(shape, dtype=torch.float8_e4m3fn, device=DEVICE)
     assert conversion.quantize_rows(x, out=out, block=block)[0] is out
     assert torch.equal(out.view(torch.uint8), fp8.quantize_rows_torch(x)[0].view(torch.uint8))
@@ -388,6 +415,35 @@ def test_kernel_for_rows_and_columns(conversion, shape, dtype):
     spread = fp8.spreads(sum(map(len, parts)), shape[1], 3, W.device)
     wanted = fp8.quantize_rows_and_columns_torch(parts, spread=spread)
     assert_same(conversion.quantize_rows_and_columns(parts, spread=spread), wanted)
+
+
+@kernels
+@pytest.mark.parametrize("form", ["dense", "nf4", "nested"])
+@pytest.mark.parametrize("shape", [(5, 40), (70, 128)] if INTERPRETED else [(5, 40), (70, 128), (300, 1000)])
+def test_kernel_for_what_rounding_takes(conversion, form, shape):
+    weights = [matrix((rows, shape[1])) for rows in (shape[0], 3)]
+    code, parts = None, [weight.to(DEVICE) for weight in weights]
+    exact = parts
+    if form != "dense":
+        code = nf4_code(torch.device(DEVICE))
+        packed = [NF4Weight.quantize(weight, double_quant=form == "nested").to(DEVICE) for weight in weights]
+        exact = [one.dequantize(dtype=torch.float32) for one in packed]
+        parts = [(one.codes, one.scales, one.shape[0], one.block_size) for one in packed]
+    wanted = fp8.quantize_rows_and_columns_torch(exact, room=16)
+    made = (
+        conversion.quantize_rows_and_columns(parts, room=16)
+        if code is None
+        else conversion.quantize_nf4(parts, code, shape[1], room=16)
+    )
+    q, scale = made[:2]
+    assert_same((q.contiguous(), *made[1:]), (wanted[0].contiguous(), *wanted[1:]))
+    assert q.stride(0) == shape[1] + 16
+    R = torch.randn(shape[1], 32, generator=generator(0, "R")).to(DEVICE)
+    found, lost = conversion.rounding_error(parts, q, scale, R, code), fp8.rounding_error_torch(exact, q, scale, R)
+    # Tensor cores read both factors in tf32.
+    assert (found - lost).norm() < 0.002 * lost.norm()
+    small = conversion.rounding_error(parts, q, scale, R, code, tile=(16, 16))
+    assert (small - lost).norm() < 0.002 * lost.norm()
 
 
 @kernels
