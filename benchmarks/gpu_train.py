@@ -12,9 +12,9 @@ keys that a run's YAML has) on rows that are in memory: loader, checks for NaN, 
 Peers run forward, backward and a fused AdamW, and nothing else.
 
 deltaw's rows are METHOD[-ddpN|-fsdp2xN][-fp8[-most|-backward]][-flash][-general][-gc][@BUDGET] with METHOD lora, qlora,
-dora or qdora: `fp8` with -fp8, `attention` flash with -flash, `fast` off with -general, `gradient_checkpointing` with -gc,
-BUDGET the key `memory_budget`, `max` for all that the card has (on a CPU, which has no budget, layers are fused and the
-row says that none was given).
+dora or qdora: `fp8` with -fp8, `attention` flash with -flash, `fast` off with -general, `gradient_checkpointing` with
+-gc, BUDGET the key `memory_budget`, `max` for all that the card has (on a CPU, which has no budget, layers are fused
+and the row says that none was given).
 Peers and `frozen` (stock transformers, forward and backward alone) recompute activations, but for -nogc; -offload is
 Unsloth's own way.
 

@@ -1,4 +1,4 @@
-"""Products of a frozen weight in 8-bit floats, and what quantises their operands in the kernels before them.
+"""Products of a frozen weight in 8-bit floats, and what quantises their operands.
 
 Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433 (e4m3: 3 bits of mantissa, largest value 448,
 steps of 2^-9 below 2^-6, no infinity).
@@ -14,7 +14,8 @@ x / s is computed as x (1 / s). The quotient cannot leave the range, so nothing 
 or a NaN has the scale NaN, and its row or column of a product is NaN throughout.
 
 Frozen weights may be given larger scales than they need, others from time to time (`spreads`): a weight that is rounded
-in one way for good is another weight, which adapters learn to make up for.
+in one way for good is another weight, which adapters learn to make up for. And along some directions of x what rounding
+took from W (`rounding_error`) can be put back by more columns of both operands: see `fuse/directions.py`.
 
 Error to expect, for normal x and W: a value is off by 2.6 % of its size in the root mean square (1/16 at most, above
 2^-6 s), and an element of a product by 3.7 % of the product's root mean square, for any K. Scales and what is added
@@ -23,10 +24,9 @@ are float32; how precisely the tensor cores sum is the library's affair, and far
 Bytes through memory, a value of 16 bits, and at 3.0 TB/s:
 
     quantize_rows                2 read, 1 written                      8192 x 4096     34 us
-    rms_norm_quantize            2 read, 3 written                      8192 x 4096     56 us, apart 78
-    gated_quantize               4 read, 1 written, 3 with act          8192 x 14336   196 us, 274 with act, apart 352
     quantize_rows_and_columns    2 + 2 read, 2 written                  14336 x 4096   117 us
     quantize_nf4                 0.5 + 0.5 read, 2 written              14336 x 4096    59 us
+    rounding_error               0.5 + 1 read                           14336 x 4096    30 us
     matmul_fp8                   M K + N K read, 2 M N written; 6 M N more for `accumulate`
 
 Plain functions for use inside autograd functions. CUDA tensors of at most 32 bits are quantised by `fp8_triton.py`
@@ -37,16 +37,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol, get_args
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.core.errors import InputError
-from deltaw.kernels.gated import Activation, gated, gated_torch
 from deltaw.kernels.nf4 import NestedScales, dequantize_4bit
-from deltaw.kernels.norm import Style, check_like, check_norm, rms_norm, rms_norm_torch, triton_form, wide_dtype
+from deltaw.kernels.norm import triton_form, wide_dtype
 
 #: The largest e4m3 value.
 LARGEST = 448.0
@@ -274,70 +273,6 @@ def _values(weight: Packed4Bit, code: Tensor) -> Tensor:
         block_size=weight.block_size,
     )
     return values.view(rows, columns)
-
-
-def gated_quantize(gate: Tensor, up: Tensor, *, activation: Activation, out: Tensor | None = None) -> Rows:
-    """`quantize_rows` of act = f(gate) up, as `gated.gated` rounds it, without a second pass over it.
-
-    Args:
-        gate: (M, N), rows contiguous, any stride between them.
-        up: like `gate`.
-        activation: f, as for `gated`.
-        out: storage for act, like `gate`, for who needs it in 16 bits too; may be `gate` or `up`. None: it is not kept.
-
-    Returns:
-        q (M, N) and scale (M,) of act.
-
-    Raises:
-        InputError: as for `gated`.
-    """
-    kernels = triton_form(gate, "fp8_triton")
-    if kernels is None or gate.shape[-1] > kernels.WHOLE_ROW:
-        return quantize_rows(gated(gate, up, activation=activation, out=out))
-    if activation not in get_args(Activation):
-        raise InputError(f"activation {activation!r}: expected one of {', '.join(get_args(Activation))}")
-    _check_matrix("gate", gate)
-    for name, tensor in (("gate", gate), ("up", up), ("out", out)):
-        if tensor is not None:
-            check_like(name, tensor, tuple(gate.shape), gate)
-    result: Rows = kernels.gated_quantize(gate, up, activation=activation, out=out)
-    return result
-
-
-def gated_quantize_torch(gate: Tensor, up: Tensor, *, activation: Activation, out: Tensor | None = None) -> Rows:
-    """`gated_quantize` in torch on any device."""
-    return quantize_rows_torch(gated_torch(gate, up, activation=activation, out=out))
-
-
-def rms_norm_quantize(x: Tensor, weight: Tensor, *, eps: float, style: Style = "llama") -> RowsAndColumns:
-    """`norm.rms_norm` and `quantize_rows` of its result y, in one pass over x.
-
-    Args:
-        x: (M, d), rows contiguous, any stride between them.
-        weight: (d,), any floating dtype.
-        eps: added to the mean square.
-        style: "llama" or "gemma".
-
-    Returns:
-        y (M, d) in x's dtype, rstd (M,), q (M, d) and scale (M,) of y.
-
-    Raises:
-        InputError: as for `rms_norm`.
-    """
-    kernels = triton_form(x, "fp8_triton")
-    if kernels is None or x.shape[-1] > kernels.WHOLE_ROW:
-        y, rstd = rms_norm(x, weight, eps=eps, style=style)
-        return (y, rstd, *quantize_rows(y))
-    check_norm(weight, x, style)
-    _check_matrix("x", x)
-    result: RowsAndColumns = kernels.rms_norm_quantize(_rows_in_order(x), weight, eps=eps, style=style)
-    return result
-
-
-def rms_norm_quantize_torch(x: Tensor, weight: Tensor, *, eps: float, style: Style = "llama") -> RowsAndColumns:
-    """`rms_norm_quantize` in torch on any device."""
-    y, rstd = rms_norm_torch(x, weight, eps=eps, style=style)
-    return (y, rstd, *quantize_rows_torch(y))
 
 
 def matmul_fp8(

@@ -6,8 +6,8 @@ makes the same bits. A largest magnitude is taken over bit patterns as integers,
 with infinity and NaN, which a maximum of floats would drop, above all others; and so atomics can take it. Scales come
 from one product and one true division, to equal torch's on every device.
 
-Programs of `quantize_rows` and the fused forms take a row each; a row longer than `WHOLE_ROW` is read twice, the second
-time from the cache. Programs over a matrix take tiles; a transposed one changes its layout as bytes.
+Programs of `quantize_rows` take a row each; a row longer than `WHOLE_ROW` is read twice, the second time from the
+cache. Programs over a matrix take tiles; a transposed one changes its layout as bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import triton  # type: ignore[import-untyped,import-not-found]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found]
 from torch import Tensor
 
-from deltaw.kernels.gated_triton import _curve
 from deltaw.kernels.nf4 import NESTED_BLOCK, NestedScales
 
 #: The longest row that a program holds in registers.
@@ -80,14 +79,6 @@ def _scale(largest):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _quantize_row(v, at, live, q, scale, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A whole row in registers, 0 outside: its codes to q, its scale to `scale`."""
-    found = _scale(tl.max(_magnitude(v), axis=0))
-    tl.store(scale, found)
-    tl.store(q + at, _e4m3(v * tl.math.div_rn(1.0, found), NATIVE), mask=live)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _rows_kernel(  # type: ignore[no-untyped-def]
     x, stride, behind, behind_stride, q, scale, K, P,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr, BEHIND: tl.constexpr, NATIVE: tl.constexpr,
@@ -95,9 +86,11 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
     q += row * (K + P)
-    more = tl.arange(0, BEHIND)
-    c = tl.load(behind + row * behind_stride + more, mask=more < P, other=0.0).to(tl.float32)
-    most = tl.max(_magnitude(c), axis=0)
+    most = 0
+    if BEHIND:
+        more = tl.arange(0, BEHIND)
+        c = tl.load(behind + row * behind_stride + more, mask=more < P, other=0.0).to(tl.float32)
+        most = tl.max(_magnitude(c), axis=0)
     if WHOLE:
         at = tl.arange(0, BLOCK)
         v = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
@@ -118,44 +111,8 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             at = start + tl.arange(0, BLOCK)
             v = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
             tl.store(q + at, _e4m3(v * inverse, NATIVE), mask=at < K)
-    tl.store(q + K + more, _e4m3(c * inverse, NATIVE), mask=more < P)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _gated_kernel(  # type: ignore[no-untyped-def]
-    gate, up, gate_stride, up_stride, act, act_stride, q, scale, N,
-    BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    live = at < N
-    z = tl.load(gate + row * gate_stride + at, mask=live, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_stride + at, mask=live, other=0.0).to(tl.float32)
-    P, _ = _curve(z, ACTIVATION)
-    values = (P * z * u).to(gate.dtype.element_ty)
-    if KEEP:
-        tl.store(act + row * act_stride + at, values, mask=live)
-    _quantize_row(values.to(tl.float32), at, live, q + row * N, scale + row, NATIVE)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _rms_norm_kernel(  # type: ignore[no-untyped-def]
-    x, stride, weight, y, rstd, q, scale, eps, N,
-    BLOCK: tl.constexpr, GEMMA: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    live = at < N
-    v = tl.load(x + row * stride + at, mask=live, other=0.0).to(tl.float32)
-    w = tl.load(weight + at, mask=live, other=0.0).to(tl.float32)
-    r = tl.rsqrt(tl.sum(v * v, axis=0) / N + eps)
-    tl.store(rstd + row, r)
-    if GEMMA:
-        values = (v * r * (1.0 + w)).to(x.dtype.element_ty)
-    else:
-        values = ((v * r).to(x.dtype.element_ty).to(tl.float32) * w).to(x.dtype.element_ty)
-    tl.store(y + row * N + at, values, mask=live)
-    _quantize_row(values.to(tl.float32), at, live, q + row * N, scale + row, NATIVE)
+    if BEHIND:
+        tl.store(q + K + more, _e4m3(c * inverse, NATIVE), mask=more < P)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -304,61 +261,10 @@ def quantize_rows(
                 more,
                 **size,
                 WHOLE=columns <= size["BLOCK"],
-                BEHIND=max(16, triton.next_power_of_2(more)),
+                BEHIND=max(16, triton.next_power_of_2(more)) if more else 0,
                 NATIVE=_native(x),
             )
     return q, scale
-
-
-def gated_quantize(gate: Tensor, up: Tensor, *, activation: str, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`fp8.gated_quantize_torch` in one kernel, for rows of up to `WHOLE_ROW`."""
-    rows, columns = gate.shape
-    q, scale = _outputs(rows, columns, gate.device)
-    act = gate if out is None else out
-    if rows:
-        with torch.cuda.device_of(gate):
-            _gated_kernel[(rows,)](
-                gate,
-                up,
-                gate.stride(0),
-                up.stride(0),
-                act,
-                act.stride(0),
-                q.view(torch.uint8),
-                scale,
-                columns,
-                **_by_row(columns),
-                ACTIVATION=activation,
-                KEEP=out is not None,
-                NATIVE=_native(gate),
-            )
-    return q, scale
-
-
-def rms_norm_quantize(
-    x: Tensor, weight: Tensor, *, eps: float, style: str = "llama"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`fp8.rms_norm_quantize_torch` in one kernel, for rows of up to `WHOLE_ROW`."""
-    rows, columns = x.shape
-    q, scale = _outputs(rows, columns, x.device)
-    y, rstd = x.new_empty(x.shape), torch.empty_like(scale)
-    if rows:
-        with torch.cuda.device_of(x):
-            _rms_norm_kernel[(rows,)](
-                x,
-                x.stride(0),
-                weight.contiguous(),
-                y,
-                rstd,
-                q.view(torch.uint8),
-                scale,
-                eps,
-                columns,
-                **_by_row(columns),
-                GEMMA=style == "gemma",
-                NATIVE=_native(x),
-            )
-    return y, rstd, q, scale
 
 
 def quantize_rows_and_columns(
