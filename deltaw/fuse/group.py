@@ -15,31 +15,16 @@ from torch import Tensor, nn
 
 from deltaw.fuse.directions import Directions
 from deltaw.fuse.linears import Fused
+from deltaw.fuse.narrow import Narrow, narrowed, turn_of
 from deltaw.fuse.thin import Factors, Thin
 from deltaw.kernels.factors import Factor
-from deltaw.kernels.fp8 import (
-    LARGEST,
-    matmul_fp8,
-    quantize_nf4,
-    quantize_rows,
-    quantize_rows_and_columns,
-    rounding_error,
-    spreads,
-)
+from deltaw.kernels.fp8 import matmul_fp8, quantize_rows
 from deltaw.kernels.low_rank import add_product, outer_sum, project, project_and_sum
 from deltaw.kernels.scaled import scale_and_sum
-from deltaw.quant.codebooks import nf4_code
 from deltaw.quant.weight import NF4Weight, dequantize_all
 
 #: |c| of several linears is kept from 0, since what it multiplied is found again by dividing by it.
 LEAST = 1e-6
-
-#: Optimizer steps after which a layer's 8-bit weights are rounded anew, with other scales; layers take turns. 0: never.
-TURNS = 8
-
-#: W by rows and by columns in 8 bits with their scales, as `quantize_rows_and_columns` gives them; by rows with V of
-#: the group's directions behind, and only where products forward read them.
-Narrow = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 
 #: Columns of low-rank factors are padded to multiples of this: kernels then know that rows begin at whole vectors.
 ALIGNED = 16
@@ -343,36 +328,18 @@ class Group:
         """W in 8 bits, the same in both directions of a step."""
         held, turn, along = self.store.narrow, 0, None
         if self.fp8_forward and self.name is not None:
-            turn = self.store.turn
-            turn = max(0, turn - (turn + self.name[0]) % TURNS) if TURNS else 0
+            turn = turn_of(self.store.turn, self.name[0])
             along = self.store.directions.get(self.name) if forward or held is not None else None
         source = [*self._source, (turn,), along]
         if held is not None and self.name in held:
             if _same(held[self.name][1], source):
                 return held[self.name][0]
             del held[self.name]
-        made = self._made_narrow(turn, along)
+        parts = self.packed if self.decoded else [linear.weight.dequantize() for linear in self.linears]
+        made = narrowed(parts, forward=self.fp8_forward, turn=turn, along=along)
         if held is not None:
             held[self.name] = made, source
         return made
-
-    def _made_narrow(self, turn: int, along: Directions | None) -> Narrow:
-        device = self.linears[0].weight.device
-        spread = spreads(self.rows, self.columns, turn, device) if turn else None
-        room = 0 if along is None else along.R.shape[1]
-        if self.decoded:
-            parts, code = self.packed, nf4_code(device)
-            q, scale, qT, scaleT = quantize_nf4(parts, code, spread=spread, room=room)
-        else:
-            parts, code = [linear.weight.dequantize() for linear in self.linears], None
-            q, scale, qT, scaleT = quantize_rows_and_columns(parts, spread=spread, room=room)
-        if not self.fp8_forward:
-            return None, None, qT, scaleT
-        if along is not None:
-            V = rounding_error(parts, q, scale, along.R, code=code)
-            q = q.as_strided((self.rows, self.columns + room), q.stride())
-            q[:, self.columns :] = (V / scale[:, None]).clamp_(-LARGEST, LARGEST).to(q.dtype)
-        return q, scale, qT, scaleT
 
     def finish(self, z: Tensor) -> Tensor:
         """Y of z, in place: c z + b where there is a c."""

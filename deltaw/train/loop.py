@@ -122,7 +122,7 @@ def fit(
             arguments = training_arguments(
                 config, run.path, units, device, evaluate is not None, private=private is not None
             )
-            if config.fp8 != "none":
+            if config.fp8 != "none" and private is None:
                 # The same rows whether the run begins or resumes.
                 learn_directions(model, **_sample(examples, collator, device))
             if config.sharding == "fsdp2":

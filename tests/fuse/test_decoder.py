@@ -13,7 +13,7 @@ from torch import nn
 
 import deltaw as dw
 from deltaw.core.errors import RunError
-from deltaw.fuse import block, decoder, flash, group, thin
+from deltaw.fuse import block, decoder, flash, group, narrow, thin
 from deltaw.fuse.decoder import install_blocks, needs_mask, uninstall_blocks
 from deltaw.fuse.host_memory import HostMemory
 from deltaw.fuse.keep import KEEPS, Room, choose, kept_bytes, planned, told, upgrade
@@ -706,8 +706,8 @@ def test_with_products_that_lose_nothing_the_eight_bit_way_is_exact(method, four
         return W, W.new_ones(len(W)), W.t(), W.new_ones(W.shape[1])
 
     monkeypatch.setattr(group, "quantize_rows", lambda x, behind=None: (x, x.new_ones(len(x))))
-    monkeypatch.setattr(group, "quantize_rows_and_columns", both)
-    monkeypatch.setattr(group, "quantize_nf4", lambda parts, code, spread, room: both(parts))
+    monkeypatch.setattr(narrow, "quantize_rows_and_columns", both)
+    monkeypatch.setattr(narrow, "quantize_nf4", lambda parts, code, spread, room: both(parts))
     monkeypatch.setattr(group, "matmul_fp8", lambda q, scale, W, w_scale, **options: q @ W.t())
     model, batch = model_of("qwen2", method, torch.float32, four_bits=four_bits), batch_of()
     wanted = gradients(model, batch)

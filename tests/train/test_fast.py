@@ -9,8 +9,10 @@ import small_runs
 import torch
 
 from deltaw.core.errors import InputError
-from deltaw.fuse import decoder, group
+from deltaw.data import Collator
+from deltaw.fuse import decoder, narrow
 from deltaw.studies.job import resume, run_job
+from deltaw.train import loop
 from deltaw.train.config import bytes_of, make_config
 from deltaw.train.trainer import DeltawTrainer
 
@@ -67,7 +69,7 @@ def test_fused_layers_are_not_made_again_by_transformers_too(place, tmp_path, mo
 
 
 def test_eight_bit_weights_are_rounded_by_the_step_also_after_a_resume(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(group, "TURNS", 2)
+    monkeypatch.setattr(narrow, "TURNS", 2)
     keys = {"fast": "on", "fp8": "all", "max_steps": 5, "save_every": 2}
     whole, _ = train(place, tmp_path / "whole", **keys)
     log = DeltawTrainer.log
@@ -84,9 +86,28 @@ def test_eight_bit_weights_are_rounded_by_the_step_also_after_a_resume(place, tm
     resume(tmp_path / "run")
     again = [line["loss"] for line in small_runs.logged(tmp_path / "run") if "loss" in line]
     assert again == whole
-    monkeypatch.setattr(group, "TURNS", 0)
+    monkeypatch.setattr(narrow, "TURNS", 0)
     other, _ = train(place, tmp_path / "same", **keys)
     assert other[0] == whole[0] and other[1] != whole[1]
+
+
+def test_directions_are_learned_once_from_the_first_rows(place, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "learn_directions", lambda model, **inputs: seen.append(inputs))
+    train(place, tmp_path / "eight", fast="on", fp8="most", max_steps=2)
+    train(place, tmp_path / "sixteen", fast="on", max_steps=2)
+    (inputs,) = seen
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape
+
+    def shape(*lengths):
+        rows = [{"input_ids": [7] * n, "labels": [7] * n} for n in lengths]
+        found = loop._sample(rows, Collator("causal-lm", 0), torch.device("cpu"))
+        return tuple(found["input_ids"].shape)
+
+    assert shape(9000, 10) == (1, 4096)
+    assert shape(3000, 900, 10) == (1, 3000)
+    assert shape(900, 1000, 900, 10, 10) == (4, 1000)
+    assert shape(*[10] * 1000) == (409, 10)
 
 
 def test_by_itself_a_cpu_trains_with_the_layers_own_modules(place, tmp_path):
