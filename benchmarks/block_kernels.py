@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from deltaw.fuse.directions import DIRECTIONS
 from deltaw.kernels import (
     fp8,
     gated_project_triton,
@@ -260,8 +261,18 @@ def _fp8(M: int) -> Iterator[Case]:
     W = draw(INNER, WIDTH)
     yield Case("fp8 weight", lambda: None, lambda _: fp8.quantize_rows_and_columns(W), INNER * WIDTH * 4)
     made = fp8.quantize_rows_and_columns(W)
-    for K in (WIDTH, INNER):
+    R = torch.randn(WIDTH, DIRECTIONS, device="cuda")
+    q, scale, _, _ = fp8.quantize_nf4(weight, nf4_code(weight.device))
+    yield Case(
+        "fp8 weight's error along directions", lambda: None,
+        lambda _: fp8.rounding_error([weight], q, scale, R, code=nf4_code(weight.device)), INNER * WIDTH * 1.508,
+    )  # fmt: skip
+    for K in (WIDTH, INNER, 2 * INNER):
         yield Case(f"fp8 rows {K}", lambda K=K: draw(M, K), fp8.quantize_rows, 3 * M * K)
+    yield Case(
+        f"fp8 rows {WIDTH} with directions", lambda: (draw(M, WIDTH), draw(M, DIRECTIONS)),
+        lambda t: fp8.quantize_rows(t[0], behind=t[1]), 3 * M * (WIDTH + DIRECTIONS),
+    )  # fmt: skip
     for fast in (False, True):
         yield Case(
             f"fp8 gemm {INNER}x{WIDTH} fast accumulation {fast}",

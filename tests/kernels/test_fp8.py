@@ -5,8 +5,6 @@ The kernels run in Triton's interpreter, in a process of their own, or on a GPU.
 
 import importlib.util
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -116,13 +114,8 @@ def step(exact, scale):
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
-def test_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", "test_kernel_"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+def test_kernels_in_the_interpreter(passes_in_the_interpreter):
+    passes_in_the_interpreter(__file__, "test_kernel_")
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

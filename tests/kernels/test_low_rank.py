@@ -10,8 +10,6 @@ import importlib.util
 import itertools
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -46,13 +44,8 @@ def kernels(function):
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
-def test_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", "kernels_ and not interpreter"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+def test_kernels_in_the_interpreter(passes_in_the_interpreter):
+    passes_in_the_interpreter(__file__, "kernels_ and not interpreter")
 
 
 @contextlib.contextmanager

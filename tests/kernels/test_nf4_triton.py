@@ -6,8 +6,6 @@ Triton reads when it is first imported.
 
 import importlib.util
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -42,13 +40,8 @@ def device():
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
-def test_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", "not interpreter"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+def test_kernels_in_the_interpreter(passes_in_the_interpreter):
+    passes_in_the_interpreter(__file__, "not interpreter")
 
 
 def matrix(count, dtype, device, *, exponent=0, seed=0):

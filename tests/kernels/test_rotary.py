@@ -6,8 +6,6 @@ reads when it is first imported. It rounds to bfloat16 wrongly, so bfloat16 is l
 
 import importlib.util
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -75,13 +73,8 @@ def poison():
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="no Triton, or the interpreter's process")
-def test_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", "triton"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+def test_kernels_in_the_interpreter(passes_in_the_interpreter):
+    passes_in_the_interpreter(__file__, "triton")
 
 
 def heads(name, shape, dtype, device, *, layout="plain"):

@@ -4,8 +4,6 @@ import math
 import os
 import pickle
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -59,13 +57,8 @@ def test_the_block_of_rfc_8439():
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
-def test_kernel_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-k", "blocks_of_the_kernel"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+def test_kernel_in_the_interpreter(passes_in_the_interpreter):
+    passes_in_the_interpreter(__file__, "blocks_of_the_kernel")
 
 
 @needs_triton
