@@ -27,7 +27,7 @@ SHARE = 0.5
 
 
 class Directions(NamedTuple):
-    """P (K, p) in the dtype of x, and R (K, p) float32."""
+    """P (K, p) in the dtype of x, column by column, and R (K, p) in bfloat16, for a wider x in its dtype."""
 
     P: Tensor
     R: Tensor
@@ -56,4 +56,4 @@ def directions(x: Tensor, W: Tensor, count: int = DIRECTIONS) -> Directions:
         )
         factor = torch.where(most > 0, SHARE / most, 1.0)
         P, R = P * factor, R / factor
-    return Directions(P.to(dtype), R)
+    return Directions(P.t().to(dtype).contiguous().t(), R.to(torch.promote_types(dtype, torch.bfloat16)))

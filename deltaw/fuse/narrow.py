@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deltaw.fuse.directions import Directions
-from deltaw.kernels.fp8 import LARGEST, quantize_nf4, quantize_rows_and_columns, rounding_error, spreads
+from deltaw.kernels.fp8 import LARGEST, quantize_nf4, quantize_rows_and_columns, spreads
 from deltaw.quant.codebooks import nf4_code
 from deltaw.quant.weight import NF4Weight
 
@@ -38,15 +39,15 @@ def narrowed(parts: Sequence[Any], *, forward: bool, turn: int = 0, along: Direc
     packed, room = isinstance(parts[0], NF4Weight), 0 if along is None else along.R.shape[1]
     device = parts[0].codes.device if packed else parts[0].device
     spread = spreads(rows, columns, turn, device) if turn else None
-    code = nf4_code(device) if packed else None
-    if code is not None:
-        q, scale, qT, scaleT = quantize_nf4(parts, code, spread=spread, room=room)
+    lost = None if along is None else torch.empty(rows, columns, dtype=along.R.dtype, device=device)
+    if packed:
+        q, scale, qT, scaleT = quantize_nf4(parts, nf4_code(device), spread=spread, room=room, lost=lost)
     else:
-        q, scale, qT, scaleT = quantize_rows_and_columns(parts, spread=spread, room=room)
+        q, scale, qT, scaleT = quantize_rows_and_columns(parts, spread=spread, room=room, lost=lost)
     if not forward:
         return None, None, qT, scaleT
-    if along is not None:
-        V = rounding_error(parts, q, scale, along.R, code=code)
+    if along is not None and lost is not None:
+        V = lost @ along.R
         q = q.as_strided((rows, columns + room), q.stride())
         q[:, columns:] = (V / scale[:, None]).clamp_(-LARGEST, LARGEST).to(q.dtype)
     return q, scale, qT, scaleT

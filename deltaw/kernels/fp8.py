@@ -15,7 +15,7 @@ or a NaN has the scale NaN, and its row or column of a product is NaN throughout
 
 Frozen weights may be given larger scales than they need, others from time to time (`spreads`): a weight that is rounded
 in one way for good is another weight, which adapters learn to make up for. And along some directions of x what rounding
-took from W (`rounding_error`) can be put back by more columns of both operands: see `fuse/directions.py`.
+took from W (`lost`) can be put back by more columns of both operands: see `fuse/directions.py`.
 
 Error to expect, for normal x and W: a value is off by 2.6 % of its size in the root mean square (1/16 at most, above
 2^-6 s), and an element of a product by 3.7 % of the product's root mean square, for any K. Scales and what is added
@@ -26,7 +26,7 @@ Bytes through memory, a value of 16 bits, and at 3.0 TB/s:
     quantize_rows                2 read, 1 written                      8192 x 4096     34 us
     quantize_rows_and_columns    2 + 2 read, 2 written                  14336 x 4096   117 us
     quantize_nf4                 0.5 + 0.5 read, 2 written              14336 x 4096    59 us
-    rounding_error               0.5 + 1 read                           14336 x 4096    30 us
+    either with `lost`           2 more written                         14336 x 4096    39 us more
     matmul_fp8                   M K + N K read, 2 M N written; 6 M N more for `accumulate`
 
 Plain functions for use inside autograd functions. CUDA tensors of at most 32 bits are quantised by `fp8_triton.py`
@@ -149,7 +149,7 @@ def spreads(rows: int, columns: int, turn: int, device: torch.device) -> Tensor:
 
 
 def quantize_rows_and_columns(
-    W: Tensor | Sequence[Tensor], *, spread: Tensor | None = None, room: int = 0
+    W: Tensor | Sequence[Tensor], *, spread: Tensor | None = None, room: int = 0, lost: Tensor | None = None
 ) -> RowsAndColumns:
     """W and W^T as e4m3, each with a scale for each of its rows.
 
@@ -159,37 +159,48 @@ def quantize_rows_and_columns(
         spread: (N + K,) float32, by which the scales of rows and of columns are larger than they need to be, as
             `spreads` gives them.
         room: columns of memory behind the rows of the first q.
+        lost: (N, K), contiguous, a floating dtype: filled with what rounding the rows took, W - q scale.
 
     Returns:
         q (N, K), scales (N,); q of W^T (K, N), scales (K,); all contiguous, but q where there is room behind its rows.
 
     Raises:
-        InputError: no floating matrices with rows and columns, or of different dtypes, devices or K.
+        InputError: no floating matrices with rows and columns, or of different dtypes, devices or K; a `lost` that does
+            not fit.
     """
     parts = [W] if isinstance(W, Tensor) else list(W)
     _check_parts(parts)
     for part in parts:
         _check_matrix("W", part)
+    _check_lost(lost, parts, parts[0].device)
     kernels = triton_form(parts[0], "fp8_triton")
     form = quantize_rows_and_columns_torch if kernels is None else kernels.quantize_rows_and_columns
-    result: RowsAndColumns = form([_rows_in_order(part) for part in parts], spread=spread, room=room)
+    result: RowsAndColumns = form([_rows_in_order(part) for part in parts], spread=spread, room=room, lost=lost)
     return result
 
 
 def quantize_rows_and_columns_torch(
-    parts: Sequence[Tensor], *, spread: Tensor | None = None, room: int = 0
+    parts: Sequence[Tensor], *, spread: Tensor | None = None, room: int = 0, lost: Tensor | None = None
 ) -> RowsAndColumns:
     """`quantize_rows_and_columns` of matrices one below the other, in torch on any device."""
     W = torch.cat(list(parts))
     of_rows, of_columns = (None, None) if spread is None else spread.split([*W.shape])
     q, scale = quantize_rows_torch(W, spread=of_rows)
+    if lost is not None:
+        wide = wide_dtype(W.dtype)
+        lost.copy_(W.to(wide) - q.to(wide) * scale.to(wide)[:, None])
     if room:
         q = torch.empty(len(q), q.shape[1] + room, dtype=q.dtype, device=q.device)[:, : q.shape[1]].copy_(q)
     return (q, scale, *quantize_rows_torch(W.t().contiguous(), spread=of_columns))
 
 
 def quantize_nf4(
-    weight: Packed4Bit | Sequence[Packed4Bit], code: Tensor, *, spread: Tensor | None = None, room: int = 0
+    weight: Packed4Bit | Sequence[Packed4Bit],
+    code: Tensor,
+    *,
+    spread: Tensor | None = None,
+    room: int = 0,
+    lost: Tensor | None = None,
 ) -> RowsAndColumns:
     """`quantize_rows_and_columns` of weights in 4 bits, whose float32 values exist in registers only.
 
@@ -201,64 +212,22 @@ def quantize_nf4(
         code: (16,) float32, its codebook.
         spread: as for `quantize_rows_and_columns`.
         room: as there.
+        lost: as there.
 
     Raises:
-        InputError: no rows or columns, or different devices or K.
+        InputError: no rows or columns, or different devices or K; a `lost` that does not fit.
     """
     parts = list(weight) if isinstance(weight, Sequence) else [weight]
     _check_parts(parts)
+    _check_lost(lost, parts, code.device)
     columns = parts[0].shape[1]
     kernels = triton_form(code, "fp8_triton")
     if kernels is None or columns % 2:
-        return quantize_rows_and_columns([_values(part, code) for part in parts], spread=spread, room=room)
-    result: RowsAndColumns = kernels.quantize_nf4(_given(parts), code, columns, spread=spread, room=room)
+        values = [_values(part, code) for part in parts]
+        return quantize_rows_and_columns(values, spread=spread, room=room, lost=lost)
+    given = [(part.codes, part.scales, part.shape[0], part.block_size) for part in parts]
+    result: RowsAndColumns = kernels.quantize_nf4(given, code, columns, spread=spread, room=room, lost=lost)
     return result
-
-
-def rounding_error(
-    W: Sequence[Tensor] | Sequence[Packed4Bit], q: Tensor, scale: Tensor, R: Tensor, *, code: Tensor | None = None
-) -> Tensor:
-    """(W - scale q) R: what rounding took from W, along some directions.
-
-    Args:
-        W: matrices of one K, one below the other, (N, K) in all; dense, or in 4 bits with their codebook `code`.
-        q: (N, K) float8_e4m3fn, rows contiguous, any stride between them.
-        scale: (N,) float32.
-        R: (K, P) float32, P a power of two from 16 on.
-        code: (16,) float32.
-
-    Returns:
-        (N, P) float32.
-    """
-    dense = [part for part in W if isinstance(part, Tensor)]
-    kernels = triton_form(R, "fp8_triton")
-    if kernels is None or (dense and dense[0].dtype == torch.float64) or (not dense and R.shape[0] % 2):
-        return rounding_error_torch(W, q, scale, R, code=code)
-    if dense:
-        result: Tensor = kernels.rounding_error([_rows_in_order(part) for part in dense], q, scale, R)
-    else:
-        result = kernels.rounding_error(_given([part for part in W if not isinstance(part, Tensor)]), q, scale, R, code)
-    return result
-
-
-def rounding_error_torch(
-    W: Sequence[Tensor] | Sequence[Packed4Bit], q: Tensor, scale: Tensor, R: Tensor, *, code: Tensor | None = None
-) -> Tensor:
-    """`rounding_error` in torch on any device."""
-    found, row = [], 0
-    for part in W:
-        if not isinstance(part, Tensor):
-            assert code is not None
-            part = _values(part, code)
-        rows = slice(row, row + len(part))
-        found.append((part.float() - q[rows].float() * scale[rows, None]) @ R)
-        row += len(part)
-    return torch.cat(found)
-
-
-def _given(parts: Sequence[Packed4Bit]) -> list[tuple[Tensor, Tensor | NestedScales, int, int]]:
-    """Weights in 4 bits as the kernels take them."""
-    return [(part.codes, part.scales, part.shape[0], part.block_size) for part in parts]
 
 
 def _values(weight: Packed4Bit, code: Tensor) -> Tensor:
@@ -380,6 +349,17 @@ def _check_parts(parts: Sequence[Tensor] | Sequence[Packed4Bit]) -> None:
     if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
         found = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
         raise InputError(f"weights are {found}: expected one dtype and one device, convert or move them")
+
+
+def _check_lost(lost: Tensor | None, parts: Sequence[Tensor] | Sequence[Packed4Bit], device: torch.device) -> None:
+    if lost is None:
+        return
+    shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    if lost.shape != shape or not lost.is_contiguous() or lost.dtype not in _DTYPES or lost.device != device:
+        raise InputError(
+            f"lost is {lost.dtype} of shape {tuple(lost.shape)} on {lost.device}: expected a floating dtype, "
+            f"contiguous, {shape} on {device}"
+        )
 
 
 def _check_product(

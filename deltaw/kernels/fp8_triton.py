@@ -22,12 +22,12 @@ from torch import Tensor
 from deltaw.kernels.nf4 import NESTED_BLOCK, NestedScales
 
 #: The longest row that a program holds in registers.
-WHOLE_ROW = 16384
+WHOLE_ROW = 32768
 
 #: Columns at a time of longer rows.
 LOOP_COLUMNS = 4096
 
-#: Values of a row for each thread, which sets a program's warps (at most 16).
+#: Values of a row for each thread, which sets a program's warps (at most 32).
 VALUES_PER_THREAD = 32
 
 #: Rows and columns of a tile, and of how many tiles below each other one program takes the largest magnitudes. There
@@ -37,9 +37,6 @@ ABSMAX_TILES = 4
 
 #: Rows and columns of a tile that is quantised; both are also the bytes of a line that it writes.
 QUANTIZE_TILE = (64, 128)
-
-#: Of a weight along which `rounding_error` sums, for each program.
-ERROR_TILE = (64, 64)
 
 #: Warps of the programs over tiles.
 TILE_WARPS = 8
@@ -63,6 +60,19 @@ def _e4m3(v, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
         found = tl.where(size > 0x7F800000, 0x7F, found)
         bits = (((raw >> 24) & 0x80) | found).to(tl.uint8)
     return bits
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _value(bits, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The float32 values of e4m3's bits; 480 in the place of a NaN."""
+    if NATIVE:
+        value = bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        size = bits.to(tl.int32) & 0x7F
+        normal = ((size << 20) + ((127 - 7) << 23)).to(tl.float32, bitcast=True)
+        value = tl.where(size < 8, size * 0.001953125, normal)
+        value = tl.where(bits >= 0x80, -value, value)
+    return value
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -168,9 +178,9 @@ def _absmax_kernel(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantize_kernel(  # type: ignore[no-untyped-def]
     W, stride, code, absmax, map8, absmax2, offset, row_bits, column_bits, q, q_stride, row_scale, qT, column_scale,
-    all_rows, N, K,
+    lost, all_rows, N, K,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARE: tl.constexpr, BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr, NATIVE: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr, LOST: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * COLUMNS
     n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -188,36 +198,12 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
     live = (n[:, None] < N) & (at[None, :] < K)
     by_rows = _e4m3(w * tl.math.div_rn(1.0, of_rows)[:, None], NATIVE)
     tl.store(q + n[:, None] * q_stride + at[None, :], by_rows, mask=live)
+    if LOST:
+        left = w - _value(by_rows, NATIVE) * of_rows[:, None]
+        tl.store(lost + n[:, None] * K + at[None, :], left.to(lost.dtype.element_ty), mask=live)
     by_columns = _e4m3(w * tl.math.div_rn(1.0, of_columns)[None, :], NATIVE)
     live = (at[:, None] < K) & (n[None, :] < N)
     tl.store(qT + at[:, None] * all_rows + n[None, :], tl.trans(by_columns), mask=live)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _error_kernel(  # type: ignore[no-untyped-def]
-    W, stride, code, absmax, map8, absmax2, offset, q, q_stride, values, row_scale, R, out, N, K,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARE: tl.constexpr, BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr, P: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    scale = tl.load(row_scale + n, mask=n < N, other=0.0)
-    along = tl.arange(0, P)
-    total = tl.zeros([ROWS, P], dtype=tl.float32)
-    for k in range(0, K, COLUMNS):
-        w = _tile(
-            W, stride, code, absmax, map8, absmax2, offset, n, k, N, K,
-            ROWS, COLUMNS, SHARE, BLOCK_SIZE, NESTED, NESTED_BLOCK,
-        )  # fmt: skip
-        at = k + tl.arange(0, COLUMNS)
-        bits = tl.load(q + n[:, None] * q_stride + at[None, :], mask=(n[:, None] < N) & (at[None, :] < K), other=0)
-        if NATIVE:
-            rounded = bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        else:
-            rounded = tl.load(values + bits.to(tl.int32))
-        lost = w - rounded * scale[:, None]
-        r = tl.load(R + at[:, None] * P + along[None, :], mask=at[:, None] < K, other=0.0)
-        total += tl.dot(lost, r, input_precision="tf32")
-    tl.store(out + n[:, None] * P + along[None, :], total, mask=n[:, None] < N)
 
 
 def _native(tensor: Tensor) -> bool:
@@ -229,7 +215,7 @@ def _native(tensor: Tensor) -> bool:
 def _by_row(columns: int) -> dict[str, int]:
     """A block that holds a row, the warps for it, and no product fused with the addition that rounds small values."""
     block = max(16, triton.next_power_of_2(columns))
-    warps = min(16, max(1, block // (32 * VALUES_PER_THREAD)))
+    warps = min(32, max(1, block // (32 * VALUES_PER_THREAD)))
     return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": False}
 
 
@@ -272,11 +258,12 @@ def quantize_rows_and_columns(
     *,
     spread: Tensor | None = None,
     room: int = 0,
+    lost: Tensor | None = None,
     absmax_tile: tuple[int, int] = ABSMAX_TILE,
     tile: tuple[int, int] = QUANTIZE_TILE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fp8.quantize_rows_and_columns_torch` in two kernels a part; tiles are powers of two, at least 16 by 16."""
-    return _by_tiles(_dense(parts), parts[0].shape[1], absmax_tile, tile, spread, room)
+    return _by_tiles(_dense(parts), parts[0].shape[1], absmax_tile, tile, spread, room, lost)
 
 
 def quantize_nf4(
@@ -286,52 +273,13 @@ def quantize_nf4(
     *,
     spread: Tensor | None = None,
     room: int = 0,
+    lost: Tensor | None = None,
     absmax_tile: tuple[int, int] = ABSMAX_TILE,
     tile: tuple[int, int] = QUANTIZE_TILE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of matrices in 4 bits, each (codes, scales, rows, block size), with an even number of columns."""
     sources = _packed(parts, code, columns, min(tile[1], absmax_tile[1]))
-    return _by_tiles(sources, columns, absmax_tile, tile, spread, room)
-
-
-def rounding_error(
-    parts: Sequence[Tensor] | Sequence[tuple[Tensor, Tensor | NestedScales, int, int]],
-    q: Tensor,
-    scale: Tensor,
-    R: Tensor,
-    code: Tensor | None = None,
-    *,
-    tile: tuple[int, int] = ERROR_TILE,
-) -> Tensor:
-    """`fp8.rounding_error_torch` in a kernel a part; `parts` as for the functions above."""
-    columns, directions = R.shape
-    sources = _dense(parts) if code is None else _packed(parts, code, columns, tile[1])  # type: ignore[arg-type]
-    found = R.new_empty(len(q), directions)
-    native = _native(R)
-    values = R if native else torch.arange(256, device=R.device).to(torch.uint8).view(torch.float8_e4m3fn).float()
-    start = 0
-    with torch.cuda.device_of(R):
-        for source, rows, options in sources:
-            _error_kernel[(triton.cdiv(rows, tile[0]),)](
-                *source,
-                q.view(torch.uint8)[start:],
-                q.stride(0),
-                values,
-                scale[start:],
-                R.contiguous(),
-                found[start:],
-                rows,
-                columns,
-                ROWS=tile[0],
-                COLUMNS=tile[1],
-                **options,
-                NESTED_BLOCK=NESTED_BLOCK,
-                P=directions,
-                NATIVE=native,
-                num_warps=TILE_WARPS,
-            )
-            start += rows
-    return found
+    return _by_tiles(sources, columns, absmax_tile, tile, spread, room, lost)
 
 
 def _dense(parts: Sequence[Tensor]) -> list[_Source]:
@@ -363,6 +311,7 @@ def _by_tiles(
     tile: tuple[int, int],
     spread: Tensor | None,
     room: int,
+    lost: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both forms of matrices one below the other, each (what `_tile` reads it from, rows, what `_tile` must know)."""
     all_rows = sum(rows for _, rows, _ in sources)
@@ -402,6 +351,7 @@ def _by_tiles(
                 row_scale[start:],
                 qT.view(torch.uint8)[:, start:],
                 column_scale,
+                column_scale if lost is None else lost[start:],
                 all_rows,
                 rows,
                 columns,
@@ -409,6 +359,7 @@ def _by_tiles(
                 COLUMNS=tile[1],
                 **options,
                 **shared,
+                LOST=lost is not None,
                 NATIVE=_native(first),
             )
     return q, row_scale, qT, column_scale

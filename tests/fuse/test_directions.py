@@ -5,6 +5,7 @@ import torch
 
 from deltaw.core.generators import generator
 from deltaw.fuse.directions import DIRECTIONS, SHARE, directions
+from deltaw.fuse.narrow import narrowed
 from deltaw.kernels import fp8
 
 
@@ -17,10 +18,13 @@ def inputs(rows, columns, *, seed="x"):
 
 def product(x, W, along):
     """[x, c] [W8, V]^T in 8 bits, and with x as it is."""
-    q, scale, _, _ = fp8.quantize_rows_and_columns([W], room=along.R.shape[1])
-    V = fp8.rounding_error([W], q, scale, along.R)
-    whole = q.as_strided((len(q), W.shape[1] + V.shape[1]), q.stride())
-    whole[:, W.shape[1] :] = (V / scale[:, None]).to(q.dtype)
+    whole, scale, _, _ = narrowed([W], forward=True, along=along)
+    q, _, _, _ = fp8.quantize_rows_and_columns(W)
+    assert torch.equal(whole[:, : W.shape[1]].float(), q.float())
+    V = (W - q.float() * scale[:, None]) @ along.R
+    torch.testing.assert_close(
+        whole[:, W.shape[1] :].float() * scale[:, None], V, rtol=2**-4, atol=2**-9 * float(scale.max())
+    )
     rounded = fp8.quantize_rows(x, behind=x @ along.P)
     by_weights = x @ (q.float() * scale[:, None]).t() + (x @ along.P) @ V.t()
     return fp8.matmul_fp8(*rounded, whole, scale, out_dtype=torch.float32), by_weights
@@ -77,4 +81,4 @@ def test_they_are_the_same_every_time_and_leave_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), state) and one.P.dtype == torch.float32
     again = directions(x, W)
     assert torch.equal(one.P, again.P) and torch.equal(one.R, again.R) and not torch.equal(one.P, other.P)
-    assert directions(x.bfloat16(), W).P.dtype == torch.bfloat16
+    assert directions(x.bfloat16(), W).P.dtype == torch.bfloat16 == directions(x.bfloat16(), W).R.dtype
