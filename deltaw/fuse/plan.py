@@ -171,8 +171,8 @@ class Layer:
     def working_bytes(self, tokens: int, *, again: bool = True) -> int:
         """Of the backward pass of one layer beside what it kept: its input alone, or with `again` False all wide ones.
 
-        The second writes gradients over what was kept; dact, partial sums (half of dact's bytes at rank 16) and what
-        passes between layers are new.
+        The second writes gradients over what was kept; dact, partial sums (up to rank 32 at most half of dact's bytes)
+        and what passes between layers are new.
         """
         shapes = self.shapes
         inner, width = shapes["gate"]

@@ -9,16 +9,17 @@ What passes through memory for each value in 16 bits, and at M 8192, N 14336 the
 Adding a low-rank part to gate and up, or to g, on the way reads thin tensors only; passes of their own would move 8 and
 4 bytes a value.
 
-Sums over tokens and columns are written as float32 partial sums, one for each program, and added by a second, small
-reduction: no atomics, the same result every time. A program of `gated_backward_low_rank` owns `columns` columns, as
-wide as dB_gate, dB_up and dA_down fit its registers, and a strip of `strip` tokens. Writing and reading partial sums
-costs
+Sums over tokens and columns are written as partial sums, one for each program, and added by a second, small reduction:
+no atomics, the same result every time. They are float32, but those of k of bfloat16 tensors, which are bfloat16 too:
+rounding a hundred of them and rounding their sum weigh the same. A program of `gated_backward_low_rank` owns `columns`
+columns, as wide as dB_gate, dB_up and dA_down fit its registers, and a strip of `strip` tokens. Writing and reading
+partial sums costs
 
-    16 M N r / columns + 24 M N r / strip bytes
+    8 M N r / columns + 24 M N r / strip bytes
 
-beside 10 M N: at rank 16, 128 columns and strips of 1,184 tokens 20 + 3.2 %; at rank 32 with 256 columns, 20 + 6.5 %;
-at rank 64 with 128, 80 + 13 %. Separate functions read dgate, dup and act again and write act first: 80 %, and 120 % at
-ranks where the first two are read twice. Half of those bytes are memory for a while: 136, 156 and 546 MB at this shape.
+beside 10 M N: at rank 16, 128 columns and strips of 1,184 tokens 10 + 3.2 %; at rank 32 with 256 columns, 10 + 6.5 %;
+at rank 64 with 128, 40 + 13 %. Separate functions read dgate, dup and act again and write act first: 80 %, and 120 % at
+ranks where the first two are read twice. Half of those bytes are memory for a while: 78, 97 and 311 MB at this shape.
 
 Every stored value depends on what was loaded from the same place, so storage may be shared with an input.
 """
@@ -274,7 +275,7 @@ def _low_rank_kernel(  # type: ignore[no-untyped-def]
         k_gate = tl.dot(B, tl.trans(dx), input_precision=PRECISION)
         k_up = tl.dot(B, tl.trans(du), input_precision=PRECISION)
         k = tl.where(slot == 0, scale_gate * k_gate, scale_up * k_up)
-        tl.store(k_sums + token * rank, k, mask=known & (token < rows))
+        tl.store(k_sums + token * rank, k.to(k_sums.dtype.element_ty), mask=known & (token < rows))
 
     scale = tl.where(d_slot == 0, scale_gate, tl.where(d_slot == 1, scale_up, 1.0))
     # dB lie as (columns, rank), dA as (rank, columns).
@@ -400,7 +401,7 @@ def gated_backward_low_rank(
     strip = triton.cdiv(triton.cdiv(rows, strips), height) * height
     strips = triton.cdiv(rows, strip) if rows else 0
 
-    k_sums = g.new_empty(tiles, 2, rows, rank, dtype=torch.float32)
+    k_sums = g.new_empty(tiles, 2, rows, rank, dtype=g.dtype if g.dtype == torch.bfloat16 else torch.float32)
     d_sums = g.new_empty(strips, 3 * columns * rank, dtype=torch.float32)
     c_sums = g.new_empty(0 if factors is None else strips, 2, columns, dtype=torch.float32)
     thin = [_rows(t, g.dtype) for t in (B_gate, B_up, h_gate, h_up, k_down, k_down if A_down is None else A_down)]
