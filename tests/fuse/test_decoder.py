@@ -701,13 +701,13 @@ def test_products_in_eight_bits_are_near_and_held_weights_change_nothing(method,
 @pytest.mark.parametrize("four_bits", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("method", ["lora", "dora", "some"])
 def test_with_products_that_lose_nothing_the_eight_bit_way_is_exact(method, four_bits, monkeypatch):
-    def both(parts, spread=None, room=0):
+    def both(parts, spread=None, room=0, lost=None):
         W = torch.cat([part.dequantize() if hasattr(part, "codes") else part for part in parts])
         return W, W.new_ones(len(W)), W.t(), W.new_ones(W.shape[1])
 
     monkeypatch.setattr(group, "quantize_rows", lambda x, behind=None: (x, x.new_ones(len(x))))
     monkeypatch.setattr(narrow, "quantize_rows_and_columns", both)
-    monkeypatch.setattr(narrow, "quantize_nf4", lambda parts, code, spread, room: both(parts))
+    monkeypatch.setattr(narrow, "quantize_nf4", lambda parts, code, **options: both(parts))
     monkeypatch.setattr(group, "matmul_fp8", lambda q, scale, W, w_scale, **options: q @ W.t())
     model, batch = model_of("qwen2", method, torch.float32, four_bits=four_bits), batch_of()
     wanted = gradients(model, batch)
