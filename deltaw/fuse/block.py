@@ -39,7 +39,7 @@ from torch.autograd.graph import get_gradient_edge
 from deltaw.core.errors import RunError
 from deltaw.fuse.away import Away
 from deltaw.fuse.call import DOWN, GATE_UP, GROUPS, OUT, QKV, Call, Passed
-from deltaw.fuse.group import Group
+from deltaw.fuse.group import Group, with_room
 from deltaw.fuse.keep import KEEPS
 from deltaw.kernels.gated import gated, gated_and_project, gated_backward, gated_backward_low_rank
 from deltaw.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward, wide_dtype
@@ -354,7 +354,7 @@ class _State:
         self.found["down"] = (dA_down, pairs[0][1], dc)
         del dact
         # From here on z is the gradient of itself.
-        dn2, pairs = self.gate_up.backward(_with_room(z, self.gate_up.spare), n2[:, :d], self.h[GATE_UP], known=known)
+        dn2, pairs = self.gate_up.backward(_whole(z, self.gate_up.spare), n2[:, :d], self.h[GATE_UP], known=known)
         for name, pair, one in zip(("gate", "up"), pairs, dcs, strict=True):
             self.found[name] = (*pair, one)
         assert dn2 is not None
@@ -463,9 +463,9 @@ class _State:
 
 def _wide(like: Tensor, columns: int, spare: int) -> Tensor:
     """Memory for as many rows as `like` has, of so many columns."""
-    return like.new_empty(len(like), columns + spare)
+    return with_room(like, len(like), columns, spare)
 
 
-def _with_room(z: Tensor, spare: int) -> Tensor:
+def _whole(z: Tensor, spare: int) -> Tensor:
     """The memory that `z` is the front of."""
     return z if not spare else z.as_strided((len(z), z.shape[1] + spare), z.stride(), z.storage_offset())

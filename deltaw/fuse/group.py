@@ -29,6 +29,9 @@ LEAST = 1e-6
 #: Columns of low-rank factors are padded to multiples of this: kernels then know that rows begin at whole vectors.
 ALIGNED = 16
 
+#: Rows with room behind them begin at multiples of this, the bytes that tensor cores' loads fetch at a time.
+ROW_BYTES = 128
+
 
 @dataclass
 class Store:
@@ -139,8 +142,7 @@ class Group:
             return None
         whole, source = self.store.decoded.get(self.name, (None, []))
         if whole is None or not self._fits(whole) or not _same(source, self._source):
-            shape = self.rows + self.P, self.columns + self.P
-            whole = torch.empty(shape, dtype=self.dtype, device=self.packed[0].device)
+            whole = self._matrix(self.P, self.P)
             dequantize_all(self.packed, whole[: self.rows, : self.columns])
             self.store.decoded[self.name] = whole, self._source
         return whole
@@ -242,14 +244,18 @@ class Group:
         if self._decoded is not None and not A:
             whole, self._decoded = self._decoded, None
             return whole[:, : self.columns + behind]
-        device = self.packed[0].device
-        made = torch.empty(self.rows + below, self.columns + behind, dtype=self.dtype, device=device)
+        made = self._matrix(below, behind)
         dequantize_all(self.packed, made[: self.rows, : self.columns])
         if thin is not None and below:
             made[self.rows :].copy_(thin.A)
         if thin is not None and behind:
             made[:, self.columns :].copy_(thin.B)
         return made
+
+    def _matrix(self, below: int, behind: int) -> Tensor:
+        """Memory for W with so many rows below it and columns behind it."""
+        like = torch.empty(0, dtype=self.dtype, device=self.packed[0].device)
+        return with_room(like, self.rows + below, self.columns, behind)
 
     def _times(self, x: Tensor, out: Tensor, *, transposed: bool, add: bool) -> Tensor:
         """X W^T, or x W where not `transposed`, into or onto `out`."""
@@ -322,7 +328,7 @@ class Group:
         return z if self.bias is None or scaled else z.add_(self.bias.to(z.dtype))
 
     def _empty(self, x: Tensor, spare: int) -> Tensor:
-        return x.new_empty(len(x), self.rows + spare)[:, : self.rows]
+        return with_room(x, len(x), self.rows, spare)[:, : self.rows]
 
     def _narrow(self, *, forward: bool) -> Narrow:
         """W in 8 bits, the same in both directions of a step."""
@@ -455,6 +461,13 @@ class Group:
         return found
 
 
+def with_room(like: Tensor, rows: int, columns: int, room: int) -> Tensor:
+    """Memory for a matrix (rows, columns + room), of the dtype and device of `like`; see `ROW_BYTES`."""
+    step = ROW_BYTES // like.element_size()
+    wide = -(-(columns + room) // step) * step if room else columns
+    return like.new_empty(rows, wide)[:, : columns + room]
+
+
 def join(weights: Sequence[nn.Parameter], ranks: int) -> Tensor | None:
     """Makes dense weights (out_i, in) parts of one matrix (sum of out + P, in + P), P the padded sum of ranks.
 
@@ -469,7 +482,7 @@ def join(weights: Sequence[nn.Parameter], ranks: int) -> Tensor | None:
             return None
     room = _padded(ranks)
     rows = sum(len(weight) for weight in weights)
-    whole = torch.empty(rows + room, first.shape[1] + room, dtype=first.dtype, device=first.device)
+    whole = with_room(first.data, rows + room, first.shape[1], room)
     at = 0
     for weight in weights:
         own = whole[at : at + len(weight), : first.shape[1]]

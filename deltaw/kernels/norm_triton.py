@@ -124,6 +124,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             values = _summed(x, y, factor, s, row, start + column, mask, x_row, y_row, s_row, COLUMNS, ADD, FACTOR)
             squares += values * values
         scale = tl.rsqrt(tl.sum(squares, axis=1) / COLUMNS + eps)
+        if ADD:
+            # Other threads may read the sum than wrote it.
+            tl.debug_barrier()
         for start in range(0, COLUMNS, BLOCK):
             mask = live & (start + column < COLUMNS)
             # Without a sum, s is x.
