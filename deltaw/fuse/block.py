@@ -80,6 +80,8 @@ class _State:
         self.x = weakref.ref(x)
         self.x0: Tensor | None = x.detach().reshape(-1, x.shape[-1])
         self.qkv, self.o, self.gate_up, self.down = (call.group(names, x.dtype) for names in GROUPS)
+        # Kernels that read dact and z for the low-rank gradients can add what 8-bit products leave out.
+        self.down.lean = self.down.fp8 and self._thin_everywhere
         self.h: dict[str, Tensor | None] = {}
         self.kept: dict[str, Any] = {}
         self.found: dict[str, tuple[Tensor | None, Tensor | None, Tensor | None]] = {}
@@ -266,15 +268,10 @@ class _State:
         return self.gate_up.fp8_forward and self._thin_everywhere
 
     @property
-    def _lean_back(self) -> bool:
-        """The same of dact."""
-        return self.down.fp8 and self._thin_everywhere
-
-    @property
     def _thin_everywhere(self) -> bool:
         """Whether the gated kernels know all low-rank parts of the MLP."""
         adapted = all(linear.low is not None for linear in (*self.gate_up.linears, *self.down.linears))
-        return adapted and (self.gate_up.c is None or self._factors() is not None)
+        return adapted and (self.gate_up.bias is None or not any(linear.scaled for linear in self.gate_up.linears))
 
     def _thin_halves(self) -> list[tuple[Tensor, Tensor]]:
         """H (M, r) and scale B (inner, r) of gate and of up, which both have to be there."""
@@ -346,8 +343,7 @@ class _State:
         if zd is None and self.down.c is not None:
             zd = self.down.outputs(self._act(z), self.h[DOWN])
         gz, dc = self._scaled(self.down, g, zd)
-        # Kernels that read dact and z for the low-rank gradients can add what 8-bit products leave out.
-        dact, pairs = self.down.backward(gz, None, self.h[DOWN], lean=self._lean_back)
+        dact, pairs = self.down.backward(gz, None, self.h[DOWN])
         del gz, zd
         assert dact is not None
         dA_down, known, dcs = self._gated_backward(dact, z)
@@ -373,7 +369,7 @@ class _State:
         if plain and self.down.k is not None and low_gate is not None and low_up is not None:
             (h_gate, B_gate), (h_up, B_up) = self._thin_halves()
             rank = self.down.linears[0].rank
-            A_down = self.down.thin.A[:rank] if self._lean_back else None
+            A_down = self.down.thin.A[:rank] if self.down.lean else None
             k_gate, k_up, dB_gate, dB_up, dA_down, *sums = gated_backward_low_rank(
                 dact, gate, up, B_gate=B_gate, B_up=B_up, h_gate=h_gate, h_up=h_up, k_down=self.down.k[:, :rank],
                 scale_gate=1.0, scale_up=1.0, activation=call.activation, factors=factors, adds=self._lean,

@@ -18,7 +18,7 @@ from deltaw.fuse.linears import Fused
 from deltaw.fuse.narrow import Narrow, narrowed, turn_of
 from deltaw.fuse.thin import Factors, Thin
 from deltaw.kernels.factors import Factor
-from deltaw.kernels.fp8 import matmul_fp8, quantize_rows
+from deltaw.kernels.fp8 import matmul_fp8, quantize_rows, write_columns
 from deltaw.kernels.low_rank import add_product, outer_sum, project, project_and_sum
 from deltaw.kernels.scaled import scale_and_sum
 from deltaw.quant.weight import NF4Weight, dequantize_all
@@ -113,6 +113,8 @@ class Group:
         self._c: Tensor | None = None
         #: What was decoded for the norms, for the product that comes next.
         self._decoded: Tensor | None = None
+        #: Of products in 8 bits, whether k A is left to whoever reads dx; else the product takes it along.
+        self.lean = False
         #: K of all linears side by side (M, P), after `backward`.
         self.k: Tensor | None = None
 
@@ -336,13 +338,14 @@ class Group:
         if self.fp8_forward and self.name is not None:
             turn = turn_of(self.store.turn, self.name[0])
             along = self.store.directions.get(self.name) if forward or held is not None else None
-        source = [*self._source, (turn,), along]
+        room = 0 if self.lean else self.P
+        source = [*self._source, (turn, room), along]
         if held is not None and self.name in held:
             if _same(held[self.name][1], source):
                 return held[self.name][0]
             del held[self.name]
         parts = self.packed if self.decoded else [linear.weight.dequantize() for linear in self.linears]
-        made = narrowed(parts, forward=self.fp8_forward, turn=turn, along=along)
+        made = narrowed(parts, forward=self.fp8_forward, turn=turn, along=along, room=room)
         if held is not None:
             held[self.name] = made, source
         return made
@@ -383,7 +386,6 @@ class Group:
         *,
         need_x: bool = True,
         known: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
-        lean: bool = False,
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
         """Gradients of dL/dz.
 
@@ -393,7 +395,6 @@ class Group:
             h: as `project` gave it.
             need_x: whether dx is wanted.
             known: k and dB by linear, where they have been made already.
-            lean: of products in 8 bits, whether k A is left to whoever reads dx.
 
         Returns:
             dx (M, in), and (dA, dB) by linear, float32 or wider.
@@ -408,9 +409,11 @@ class Group:
         dx: Tensor | None = None
         if need_x and self.fp8:
             _, _, W, scale = self._narrow(forward=False)
-            dx = matmul_fp8(*quantize_rows(g), W, scale, out_dtype=g.dtype)
-            if self.k is not None and not lean:
-                dx.addmm_(self.k, self.thin.A)
+            if self.k is None or self.lean:
+                q = quantize_rows(g)
+            else:
+                q = quantize_rows(g, behind=self.k, factor=write_columns(self.thin.A, W[:, self.rows :], scale))
+            dx = matmul_fp8(*q, W, scale, out_dtype=g.dtype)
         elif need_x and wide:
             weight = self._weight(A=True)
             assert weight is not None

@@ -17,7 +17,7 @@ from deltaw.quant.weight import NF4Weight
 TURNS = 8
 
 #: W by rows and by columns in 8 bits with their scales, as `quantize_rows_and_columns` gives them; by rows with V of
-#: the group's directions behind, and only where products forward read them.
+#: the group's directions behind, and only where products forward read them; by columns with room behind.
 Narrow = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 
 
@@ -26,7 +26,9 @@ def turn_of(step: int, layer: int) -> int:
     return max(0, step - (step + layer) % TURNS) if TURNS else 0
 
 
-def narrowed(parts: Sequence[Any], *, forward: bool, turn: int = 0, along: Directions | None = None) -> Narrow:
+def narrowed(
+    parts: Sequence[Any], *, forward: bool, turn: int = 0, along: Directions | None = None, room: int = 0
+) -> Narrow:
     """Weights of one input width, one below the other, in 8 bits.
 
     Args:
@@ -34,20 +36,22 @@ def narrowed(parts: Sequence[Any], *, forward: bool, turn: int = 0, along: Direc
         forward: whether they are wanted by rows.
         turn: by which scales are chosen; 0: as they need to be.
         along: directions along which what rounding took is put back.
+        room: columns of memory behind W by columns.
     """
     rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
-    packed, room = isinstance(parts[0], NF4Weight), 0 if along is None else along.R.shape[1]
+    packed, behind = isinstance(parts[0], NF4Weight), 0 if along is None else along.R.shape[1]
     device = parts[0].codes.device if packed else parts[0].device
     spread = spreads(rows, columns, turn, device) if turn else None
     lost = None if along is None else torch.empty(rows, columns, dtype=along.R.dtype, device=device)
     if packed:
-        q, scale, qT, scaleT = quantize_nf4(parts, nf4_code(device), spread=spread, room=room, lost=lost)
+        q, scale, qT, scaleT = quantize_nf4(parts, nf4_code(device), spread=spread, room=(behind, room), lost=lost)
     else:
-        q, scale, qT, scaleT = quantize_rows_and_columns(parts, spread=spread, room=room, lost=lost)
+        q, scale, qT, scaleT = quantize_rows_and_columns(parts, spread=spread, room=(behind, room), lost=lost)
+    qT = qT.as_strided((columns, rows + room), qT.stride())
     if not forward:
         return None, None, qT, scaleT
     if along is not None and lost is not None:
         V = lost @ along.R
-        q = q.as_strided((rows, columns + room), q.stride())
+        q = q.as_strided((rows, columns + behind), q.stride())
         q[:, columns:] = (V / scale[:, None]).clamp_(-LARGEST, LARGEST).to(q.dtype)
     return q, scale, qT, scaleT

@@ -64,6 +64,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 #: q (rows), scale of each; of W also those of W^T.
 Rows = tuple[Tensor, Tensor]
 RowsAndColumns = tuple[Tensor, Tensor, Tensor, Tensor]
+Room = tuple[int, int]
 
 
 class Packed4Bit(Protocol):
@@ -86,16 +87,19 @@ class Packed4Bit(Protocol):
         """Values that share a scale."""
 
 
-def quantize_rows(x: Tensor, *, behind: Tensor | None = None, out: Tensor | None = None) -> Rows:
+def quantize_rows(
+    x: Tensor, *, behind: Tensor | None = None, factor: Tensor | None = None, out: Tensor | None = None
+) -> Rows:
     """X as e4m3 with a scale for each row.
 
     Args:
         x: (M, K), any strides; rows of contiguous values are read as they lie.
         behind: (M, P) in x's dtype, taken as more columns of x.
+        factor: (P,) float32 for the columns of `behind`, as `write_columns` gives it; None: 1.
         out: storage for q, (M, K + P) float8_e4m3fn, contiguous. None makes it.
 
     Returns:
-        q (M, K + P) float8_e4m3fn and scale (M,) float32, so that [x, behind] ~ q scale.
+        q (M, K + P) float8_e4m3fn and scale (M,) float32, so that [x, behind factor] ~ q scale.
 
     Raises:
         InputError: no floating matrix with columns; a `behind` or an `out` that does not fit.
@@ -118,15 +122,24 @@ def quantize_rows(x: Tensor, *, behind: Tensor | None = None, out: Tensor | None
         )
     kernels = triton_form(x, "fp8_triton")
     form = quantize_rows_torch if kernels is None else kernels.quantize_rows
-    result: Rows = form(_rows_in_order(x), behind=None if behind is None else _rows_in_order(behind), out=out)
+    behind = None if behind is None else _rows_in_order(behind)
+    result: Rows = form(_rows_in_order(x), behind=behind, factor=factor, out=out)
     return result
 
 
 def quantize_rows_torch(
-    x: Tensor, *, behind: Tensor | None = None, out: Tensor | None = None, spread: Tensor | None = None
+    x: Tensor,
+    *,
+    behind: Tensor | None = None,
+    factor: Tensor | None = None,
+    out: Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> Rows:
     """`quantize_rows` in torch on any device; scales are of the largest values times `spread`."""
-    wide = (x if behind is None else torch.cat([x, behind], 1)).to(wide_dtype(x.dtype))
+    wide = x.to(wide_dtype(x.dtype))
+    if behind is not None:
+        behind = behind.to(wide.dtype)
+        wide = torch.cat([wide, behind if factor is None else behind * factor], 1)
     # Torch divides by a number as it multiplies with its inverse on CUDA and not on CPU; this is one product on both.
     largest = wide.abs().amax(1)
     if spread is not None:
@@ -149,7 +162,7 @@ def spreads(rows: int, columns: int, turn: int, device: torch.device) -> Tensor:
 
 
 def quantize_rows_and_columns(
-    W: Tensor | Sequence[Tensor], *, spread: Tensor | None = None, room: int = 0, lost: Tensor | None = None
+    W: Tensor | Sequence[Tensor], *, spread: Tensor | None = None, room: Room = (0, 0), lost: Tensor | None = None
 ) -> RowsAndColumns:
     """W and W^T as e4m3, each with a scale for each of its rows.
 
@@ -158,11 +171,11 @@ def quantize_rows_and_columns(
             share an input become one product.
         spread: (N + K,) float32, by which the scales of rows and of columns are larger than they need to be, as
             `spreads` gives them.
-        room: columns of memory behind the rows of the first q.
+        room: columns of memory behind the rows of the first q, and of the second.
         lost: (N, K), contiguous, a floating dtype: filled with what rounding the rows took, W - q scale.
 
     Returns:
-        q (N, K), scales (N,); q of W^T (K, N), scales (K,); all contiguous, but q where there is room behind its rows.
+        q (N, K), scales (N,); q of W^T (K, N), scales (K,); all contiguous, but for room behind rows.
 
     Raises:
         InputError: no floating matrices with rows and columns, or of different dtypes, devices or K; a `lost` that does
@@ -180,7 +193,7 @@ def quantize_rows_and_columns(
 
 
 def quantize_rows_and_columns_torch(
-    parts: Sequence[Tensor], *, spread: Tensor | None = None, room: int = 0, lost: Tensor | None = None
+    parts: Sequence[Tensor], *, spread: Tensor | None = None, room: Room = (0, 0), lost: Tensor | None = None
 ) -> RowsAndColumns:
     """`quantize_rows_and_columns` of matrices one below the other, in torch on any device."""
     W = torch.cat(list(parts))
@@ -189,9 +202,14 @@ def quantize_rows_and_columns_torch(
     if lost is not None:
         wide = wide_dtype(W.dtype)
         lost.copy_(W.to(wide) - q.to(wide) * scale.to(wide)[:, None])
-    if room:
-        q = torch.empty(len(q), q.shape[1] + room, dtype=q.dtype, device=q.device)[:, : q.shape[1]].copy_(q)
-    return (q, scale, *quantize_rows_torch(W.t().contiguous(), spread=of_columns))
+    qT, scaleT = quantize_rows_torch(W.t().contiguous(), spread=of_columns)
+    q, qT = (
+        torch.empty(len(made), made.shape[1] + more, dtype=made.dtype, device=made.device)[:, : made.shape[1]].copy_(
+            made
+        )
+        for made, more in zip((q, qT), room, strict=True)
+    )
+    return q, scale, qT, scaleT
 
 
 def quantize_nf4(
@@ -199,7 +217,7 @@ def quantize_nf4(
     code: Tensor,
     *,
     spread: Tensor | None = None,
-    room: int = 0,
+    room: Room = (0, 0),
     lost: Tensor | None = None,
 ) -> RowsAndColumns:
     """`quantize_rows_and_columns` of weights in 4 bits, whose float32 values exist in registers only.
@@ -228,6 +246,41 @@ def quantize_nf4(
     given = [(part.codes, part.scales, part.shape[0], part.block_size) for part in parts]
     result: RowsAndColumns = kernels.quantize_nf4(given, code, columns, spread=spread, room=room, lost=lost)
     return result
+
+
+def write_columns(A: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """Rows of A become columns of a matrix in 8 bits, each with a factor that lets it fill the range.
+
+    So a product with W^T's rows takes a low-rank part along: [g, k f] [q_WT, q]^T ~ g W + k A.
+
+    Args:
+        A: (P, K), rows contiguous.
+        q: (K, P) float8_e4m3fn, rows contiguous, any stride between them: written.
+        scale: (K,) float32, of the rows that q is behind.
+
+    Returns:
+        f (P,) float32, so that A_pk ~ f_p q_kp scale_k.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit.
+    """
+    fits = A.dim() == 2 and q.shape == A.shape[::-1] and scale.shape == q.shape[:1] and q.dtype == torch.float8_e4m3fn
+    if not fits or A.dtype not in _DTYPES:
+        raise InputError(
+            f"A is {A.dtype} {tuple(A.shape)}, q {q.dtype} {tuple(q.shape)} and scale {tuple(scale.shape)}: expected a "
+            "floating (P, K), float8_e4m3fn (K, P) and (K,)"
+        )
+    kernels = triton_form(A, "fp8_triton")
+    form = write_columns_torch if kernels is None else kernels.write_columns
+    factor: Tensor = form(_rows_in_order(A), q, scale)
+    return factor
+
+
+def write_columns_torch(A: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """`write_columns` in torch on any device."""
+    codes, factor = quantize_rows_torch(A.to(wide_dtype(A.dtype)) * (1.0 / scale.to(wide_dtype(A.dtype))))
+    q.copy_(codes.t())
+    return factor
 
 
 def _values(weight: Packed4Bit, code: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ QUANTIZE_TILE = (64, 128)
 #: Warps of the programs over tiles.
 TILE_WARPS = 8
 
+Room = tuple[int, int]
 _Source = tuple[tuple[Tensor | int, ...], int, dict[str, int]]
 
 
@@ -90,8 +91,8 @@ def _scale(largest):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows_kernel(  # type: ignore[no-untyped-def]
-    x, stride, behind, behind_stride, q, scale, K, P,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, BEHIND: tl.constexpr, NATIVE: tl.constexpr,
+    x, stride, behind, behind_stride, factor, q, scale, K, P,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, BEHIND: tl.constexpr, FACTOR: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
@@ -100,6 +101,8 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     if BEHIND:
         more = tl.arange(0, BEHIND)
         c = tl.load(behind + row * behind_stride + more, mask=more < P, other=0.0).to(tl.float32)
+        if FACTOR:
+            c *= tl.load(factor + more, mask=more < P, other=0.0)
         most = tl.max(_magnitude(c), axis=0)
     if WHOLE:
         at = tl.arange(0, BLOCK)
@@ -123,6 +126,27 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             tl.store(q + at, _e4m3(v * inverse, NATIVE), mask=at < K)
     if BEHIND:
         tl.store(q + K + more, _e4m3(c * inverse, NATIVE), mask=more < P)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _columns_kernel(  # type: ignore[no-untyped-def]
+    A, A_row, scale, q, q_row, factor, K, BLOCK: tl.constexpr, NATIVE: tl.constexpr
+):
+    p = tl.program_id(0)
+    largest = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, K, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        a = tl.load(A + p * A_row + at, mask=at < K, other=0.0).to(tl.float32)
+        a *= tl.math.div_rn(1.0, tl.load(scale + at, mask=at < K, other=1.0))
+        largest = tl.maximum(largest, _magnitude(a))
+    found = _scale(tl.max(largest, axis=0))
+    tl.store(factor + p, found)
+    inverse = tl.math.div_rn(1.0, found)
+    for start in range(0, K, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        a = tl.load(A + p * A_row + at, mask=at < K, other=0.0).to(tl.float32)
+        a *= tl.math.div_rn(1.0, tl.load(scale + at, mask=at < K, other=1.0))
+        tl.store(q + at.to(tl.int64) * q_row + p, _e4m3(a * inverse, NATIVE), mask=at < K)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -177,8 +201,8 @@ def _absmax_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantize_kernel(  # type: ignore[no-untyped-def]
-    W, stride, code, absmax, map8, absmax2, offset, row_bits, column_bits, q, q_stride, row_scale, qT, column_scale,
-    lost, all_rows, N, K,
+    W, stride, code, absmax, map8, absmax2, offset, row_bits, column_bits, q, q_stride, row_scale, qT, qT_stride,
+    column_scale, lost, N, K,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARE: tl.constexpr, BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCK: tl.constexpr, LOST: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +227,7 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
         tl.store(lost + n[:, None] * K + at[None, :], left.to(lost.dtype.element_ty), mask=live)
     by_columns = _e4m3(w * tl.math.div_rn(1.0, of_columns)[None, :], NATIVE)
     live = (at[:, None] < K) & (n[None, :] < N)
-    tl.store(qT + at[:, None] * all_rows + n[None, :], tl.trans(by_columns), mask=live)
+    tl.store(qT + at[:, None] * qT_stride + n[None, :], tl.trans(by_columns), mask=live)
 
 
 def _native(tensor: Tensor) -> bool:
@@ -226,7 +250,12 @@ def _outputs(rows: int, columns: int, device: torch.device, q: Tensor | None = N
 
 
 def quantize_rows(
-    x: Tensor, *, behind: Tensor | None = None, out: Tensor | None = None, block: int | None = None
+    x: Tensor,
+    *,
+    behind: Tensor | None = None,
+    factor: Tensor | None = None,
+    out: Tensor | None = None,
+    block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fp8.quantize_rows_torch` in one kernel; `block`, a power of two, is how many columns a program takes at once."""
     rows, columns = x.shape
@@ -241,6 +270,7 @@ def quantize_rows(
                 x.stride(0),
                 behind,
                 behind.stride(0),
+                scale if factor is None else factor,
                 q.view(torch.uint8),
                 scale,
                 columns,
@@ -248,16 +278,30 @@ def quantize_rows(
                 **size,
                 WHOLE=columns <= size["BLOCK"],
                 BEHIND=max(16, triton.next_power_of_2(more)) if more else 0,
+                FACTOR=factor is not None,
                 NATIVE=_native(x),
             )
     return q, scale
+
+
+def write_columns(A: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """`fp8.write_columns_torch` in one kernel, a program for each column."""
+    factor = torch.empty(len(A), dtype=torch.float32, device=A.device)
+    if A.numel():
+        block = min(LOOP_COLUMNS, max(16, triton.next_power_of_2(A.shape[1])))
+        with torch.cuda.device_of(A):
+            _columns_kernel[(len(A),)](
+                A, A.stride(0), scale, q.view(torch.uint8), q.stride(0), factor, A.shape[1],
+                BLOCK=block, NATIVE=_native(A), num_warps=max(1, block // 1024), enable_fp_fusion=False,
+            )  # fmt: skip
+    return factor
 
 
 def quantize_rows_and_columns(
     parts: Sequence[Tensor],
     *,
     spread: Tensor | None = None,
-    room: int = 0,
+    room: Room = (0, 0),
     lost: Tensor | None = None,
     absmax_tile: tuple[int, int] = ABSMAX_TILE,
     tile: tuple[int, int] = QUANTIZE_TILE,
@@ -272,7 +316,7 @@ def quantize_nf4(
     columns: int,
     *,
     spread: Tensor | None = None,
-    room: int = 0,
+    room: Room = (0, 0),
     lost: Tensor | None = None,
     absmax_tile: tuple[int, int] = ABSMAX_TILE,
     tile: tuple[int, int] = QUANTIZE_TILE,
@@ -310,16 +354,16 @@ def _by_tiles(
     absmax_tile: tuple[int, int],
     tile: tuple[int, int],
     spread: Tensor | None,
-    room: int,
+    room: Room,
     lost: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both forms of matrices one below the other, each (what `_tile` reads it from, rows, what `_tile` must know)."""
     all_rows = sum(rows for _, rows, _ in sources)
     first = sources[0][0][0]
     assert isinstance(first, Tensor)
-    q, row_scale = _outputs(all_rows, columns + room, first.device)
-    q = q[:, :columns]
-    qT, column_scale = _outputs(columns, all_rows, first.device)
+    q, row_scale = _outputs(all_rows, columns + room[0], first.device)
+    qT, column_scale = _outputs(columns, all_rows + room[1], first.device)
+    q, qT = q[:, :columns], qT[:, :all_rows]
     bits = torch.zeros(all_rows + columns, dtype=torch.int32, device=first.device)
     shared = {"NESTED_BLOCK": NESTED_BLOCK, "num_warps": TILE_WARPS, "enable_fp_fusion": False}
     below = [0]
@@ -350,9 +394,9 @@ def _by_tiles(
                 q.stride(0),
                 row_scale[start:],
                 qT.view(torch.uint8)[:, start:],
+                qT.stride(0),
                 column_scale,
                 column_scale if lost is None else lost[start:],
-                all_rows,
                 rows,
                 columns,
                 ROWS=tile[0],

@@ -122,6 +122,7 @@ def test_weights_joined_for_the_time_being(family, method):
         assert install_blocks(model, keep=keep, joins=True)[0] == 3
         store = model.model.layers[0].__dict__["_deltaw_fused"].fusion.store
         assert len(store.joined) == 12
+        assert all(whole.stride(0) * whole.element_size() % group.ROW_BYTES == 0 for whole in store.joined.values())
         assert_like(gradients(model, batch), wanted, CLOSE)
         # Factors that have changed are seen, also where only one of two did.
         with torch.no_grad():
@@ -701,13 +702,18 @@ def test_products_in_eight_bits_are_near_and_held_weights_change_nothing(method,
 @pytest.mark.parametrize("four_bits", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("method", ["lora", "dora", "some"])
 def test_with_products_that_lose_nothing_the_eight_bit_way_is_exact(method, four_bits, monkeypatch):
-    def both(parts, spread=None, room=0, lost=None):
+    def both(parts, spread=None, room=(0, 0), lost=None):
         W = torch.cat([part.dequantize() if hasattr(part, "codes") else part for part in parts])
-        return W, W.new_ones(len(W)), W.t(), W.new_ones(W.shape[1])
+        wide = W.new_full((W.shape[1], len(W) + room[1]), torch.nan)
+        return W, W.new_ones(len(W)), wide[:, : len(W)].copy_(W.t()), W.new_ones(W.shape[1])
 
-    monkeypatch.setattr(group, "quantize_rows", lambda x, behind=None: (x, x.new_ones(len(x))))
+    def rows(x, behind=None, factor=None):
+        return x if behind is None else torch.cat([x, behind], 1), x.new_ones(len(x))
+
+    monkeypatch.setattr(group, "quantize_rows", rows)
+    monkeypatch.setattr(group, "write_columns", lambda A, q, scale: q.copy_(A.t()))
     monkeypatch.setattr(narrow, "quantize_rows_and_columns", both)
-    monkeypatch.setattr(narrow, "quantize_nf4", lambda parts, code, **options: both(parts))
+    monkeypatch.setattr(narrow, "quantize_nf4", lambda parts, code, **options: both(parts, **options))
     monkeypatch.setattr(group, "matmul_fp8", lambda q, scale, W, w_scale, **options: q @ W.t())
     model, batch = model_of("qwen2", method, torch.float32, four_bits=four_bits), batch_of()
     wanted = gradients(model, batch)

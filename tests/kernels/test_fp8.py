@@ -194,6 +194,35 @@ def test_columns_behind_rows_are_columns_of_them():
     assert torch.equal(out.view(torch.uint8), wanted[0].view(torch.uint8))
 
 
+def low_rank(P, K, dtype, device="cpu"):
+    """A of rows from tiny to huge with one of zeros, and W's scales and 8 bits by columns, with room for A."""
+    A = matrix((P, K), dtype, seed="A", device=device)
+    W = torch.randn(70, K, generator=generator(0, "W")).to(dtype).to(device) * 0.1
+    _, _, qT, scale = fp8.quantize_rows_and_columns_torch([W], room=(0, P))
+    return A, W, qT.as_strided((K, 70 + P), qT.stride()), scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_low_rank_part_goes_along_in_a_product(dtype):
+    A, W, whole, scale = low_rank(16, 96, dtype)
+    before = whole[:, :70].float()
+    factor = fp8.write_columns(A, whole[:, 70:], scale)
+    assert torch.equal(whole[:, :70].float(), before) and whole[:, 70:].float().abs().amax(0).eq(448).sum() == 15
+    written, exact = whole[:, 70:].float() * scale[:, None] * factor, A.t().float()
+    assert ((written - exact).abs() <= exact.abs() / 15 + scale[:, None] * factor / 500).all()
+    assert factor[1] == 1 and not written[:, 1].any()
+
+    g, k = matrix((40, 70), dtype, seed="g"), matrix((40, 16), dtype, seed="k")
+    q, scales = fp8.quantize_rows(g, behind=k, factor=factor)
+    got = fp8.matmul_fp8(q, scales, whole, scale, out_dtype=torch.float32).double()
+    wanted = g.double() @ W.double() + k.double() @ A.double()
+    assert (got - wanted).norm() < 0.05 * wanted.norm()
+    with pytest.raises(
+        InputError, match=r"A is torch\.\w+ \(16, 96\), q .* \(96, 15\) .*: expected a floating \(P, K\)"
+    ):
+        fp8.write_columns(A, whole[:, 71:], scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("four_bits", [False, True])
 def test_what_rounding_takes(four_bits, dtype):
@@ -202,15 +231,17 @@ def test_what_rounding_takes(four_bits, dtype):
     exact = part.dequantize(dtype=torch.float32) if four_bits else W
     lost = torch.full((80, 64), torch.nan, dtype=dtype)
     spread = fp8.spreads(80, 64, 5, W.device)
-    given = {"room": 5, "lost": lost, "spread": spread}
+    given = {"room": (5, 7), "lost": lost, "spread": spread}
     made = (
         fp8.quantize_nf4([part, part], nf4_code(), **given)
         if four_bits
         else fp8.quantize_rows_and_columns([W, W], **given)
     )
-    q, scale = made[:2]
-    assert_same((q.contiguous(), *made[1:]), fp8.quantize_rows_and_columns([exact, exact], spread=spread))
+    q, scale, qT, _ = made
+    same = q.contiguous(), scale, qT.contiguous(), made[3]
+    assert_same(same, fp8.quantize_rows_and_columns([exact, exact], spread=spread))
     assert q.stride() == (69, 1) and q.untyped_storage().nbytes() == 80 * 69
+    assert qT.stride() == (87, 1) and qT.untyped_storage().nbytes() == 64 * 87
     wanted = torch.cat([exact, exact]).double() - q.double() * scale.double()[:, None]
     rounding = torch.finfo(dtype).eps * wanted.abs() + 2**-23 * torch.cat([exact, exact]).double().abs()
     assert ((lost.double() - wanted).abs() <= rounding).all() and wanted.any()
@@ -343,6 +374,9 @@ def test_kernel_for_rows(conversion, shape, block, dtype):
     for more in (matrix((shape[0], 7), dtype, seed="more", device=DEVICE), 1e3 * x[:, :1]):
         wanted = fp8.quantize_rows_torch(x, behind=more)
         assert_same(conversion.quantize_rows(x, behind=more, block=block), wanted)
+        factor = torch.rand(more.shape[1], generator=generator(0, "factor")).to(DEVICE)
+        wanted = fp8.quantize_rows_torch(x, behind=more, factor=factor)
+        assert_same(conversion.quantize_rows(x, behind=more, factor=factor, block=block), wanted)
     out = torch.zeros(shape, dtype=torch.float8_e4m3fn, device=DEVICE)
     assert conversion.quantize_rows(x, out=out, block=block)[0] is out
     assert torch.equal(out.view(torch.uint8), fp8.quantize_rows_torch(x)[0].view(torch.uint8))
@@ -398,19 +432,29 @@ def test_kernel_for_what_rounding_takes(conversion, form, shape):
         parts = [(one.codes, one.scales, one.shape[0], one.block_size) for one in packed]
     for dtype in (torch.float32, torch.bfloat16):
         lost, wanted_lost = (torch.full((shape[0] + 3, shape[1]), torch.nan, dtype=dtype, device=DEVICE) for _ in "12")
-        wanted = fp8.quantize_rows_and_columns_torch(exact, room=16, lost=wanted_lost)
-        given = {"room": 16, "lost": lost}
+        wanted = fp8.quantize_rows_and_columns_torch(exact, room=(16, 48), lost=wanted_lost)
+        given = {"room": (16, 48), "lost": lost}
         made = (
             conversion.quantize_rows_and_columns(parts, **given)
             if form == "dense"
             else conversion.quantize_nf4(parts, code, shape[1], **given)
         )
-        assert_same((made[0].contiguous(), *made[1:]), (wanted[0].contiguous(), *wanted[1:]))
-        assert made[0].stride(0) == shape[1] + 16
+        assert_same([t.contiguous() for t in made], [t.contiguous() for t in wanted])
+        assert made[0].stride(0) == shape[1] + 16 and made[2].stride(0) == shape[0] + 3 + 48
         # The interpreter rounds to bfloat16 towards zero.
         off = 2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(lost, wanted_lost, rtol=off, atol=0.0)
         assert lost.any()
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("P", "K"), [(3, 5), (16, 70)] if INTERPRETED else [(3, 5), (16, 70), (48, 4096), (16, 14336)])
+def test_kernel_for_a_low_rank_part(conversion, P, K, dtype):
+    A, _, whole, scale = low_rank(P, K, dtype, DEVICE)
+    other = whole.clone()
+    factor = conversion.write_columns(A, whole[:, 70:], scale)
+    assert_same((whole, factor), (other, fp8.write_columns_torch(A, other[:, 70:], scale)))
 
 
 @kernels
