@@ -113,6 +113,11 @@ def _rotary(M: int) -> Iterator[Case]:
         name, make = f"rotary {heads} heads", partial(draws, shape, shape)
         yield Case(name, make, lambda t: rotary_triton.rotate(t[0], cos, sin), size)
         yield Case(f"{name} elsewhere", make, lambda t: rotary_triton.rotate(t[0], cos, sin, out=t[1]), size)
+        c = torch.rand(heads * HEAD, device="cuda")
+        yield Case(
+            f"{name} back, with factors", partial(draws, shape, shape, shape),
+            lambda t, c=c: rotary_triton.rotate_back_scaled(t[0], t[1], c, cos, sin, out=t[2]), size * 3 // 2,
+        )  # fmt: skip
 
 
 def _gated(M: int, n: int, r: int, wide: int, variants: bool) -> Iterator[Case]:

@@ -43,7 +43,7 @@ from deltaw.fuse.group import Group, with_room
 from deltaw.fuse.keep import KEEPS
 from deltaw.kernels.gated import gated, gated_and_project, gated_backward, gated_backward_low_rank
 from deltaw.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward, wide_dtype
-from deltaw.kernels.rotary import norm_rotate, norm_rotate_backward, rotate
+from deltaw.kernels.rotary import norm_rotate, norm_rotate_backward, rotate, rotate_back_scaled
 from deltaw.kernels.scaled import scale_and_sum, scaled_add
 
 
@@ -205,14 +205,15 @@ class _State:
     def _after_mlp(self, x1: Tensor, act: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
         """X2, down's z where it has a c, and where it takes no pass more the norm of x2 that comes next."""
         down, norm = self.down, self.call.following
-        if norm is None or down.c is not None or not down.spare:
+        if norm is None or not down.spare or (down.c is not None and down.bias is not None):
             return *self._onto(down, act, self.h[DOWN], x1, ready=True), None
         z = down.outputs(act, self.h[DOWN], ready=True)
         n3 = _wide(x1, x1.shape[1], self.qkv.spare)
         x2, _, rstd = add_rms_norm(
-            x1, z, norm.weight, eps=norm.eps, style=norm.style, out=z, norm_out=n3[:, : x1.shape[1]]
-        )
-        return x2, None, (n3, rstd)
+            x1, z, norm.weight, eps=norm.eps, style=norm.style, factor=down.c, out=z if down.c is None else None,
+            norm_out=n3[:, : x1.shape[1]],
+        )  # fmt: skip
+        return x2, None if down.c is None else z, (n3, rstd)
 
     def _onto(
         self, group: Group, x: Tensor, h: Tensor | None, residual: Tensor, *, ready: bool = False
@@ -408,10 +409,8 @@ class _State:
         del da
         y = self.kept.pop("y")
         g = _wide(y, self.qkv.rows, self.qkv.spare)
-        self._unrotated(grads, y, g[:, : self.qkv.rows])
-        del grads
-        dcs = self.qkv.scale_gradients(g[:, : self.qkv.rows], y)
-        del y
+        dcs = self._unrotated(grads, y, g[:, : self.qkv.rows])
+        del grads, y
         n1, rstd = self.kept.pop("n1", None) or self._normed(0, x0, None)
         dn1, pairs = self.qkv.backward(g, n1[:, :d], self.h[QKV], need_x=need_x)
         for name, pair, one in zip("qkv", pairs, dcs, strict=True):
@@ -423,30 +422,40 @@ class _State:
         rms_norm_backward(dn1, x0, norm.weight, rstd, style=norm.style, add=dx1[:, :d], out=out[:, :d])
         return out
 
-    def _unrotated(self, grads: Any, y: Tensor, out: Tensor) -> None:
-        """Gradients of the linears' y, side by side; and y is what the linears made of it again, where a c needs it."""
-        call = self.call
+    def _unrotated(self, grads: Any, y: Tensor, out: Tensor) -> list[Tensor | None]:
+        """Gradients of the linears' z, side by side, and dc of each; y is lost where there is a c."""
+        call, group = self.call, self.qkv
         dq, dk, dv = (t if t.stride(-1) == 1 else t.contiguous() for t in grads)
-        to_qk, to_v = self._heads(out)
+        (to_qk, to_v), (qk, v) = self._heads(out), self._heads(y)
         heads = dq.shape[2]
-        targets = to_qk[:, :, :heads], to_qk[:, :, heads:]
-        qk, _ = self._heads(y)
+        to_q, to_k = to_qk[:, :, :heads], to_qk[:, :, heads:]
+        q, k = qk[:, :, :heads], qk[:, :, heads:]
+        if group.c is not None and group.bias is None and call.head_norms is None:
+            turn, factors = (call.cos, call.sin), group.c.split(group.widths)
+            sums = [
+                rotate_back_scaled(t, x, c, *by, out=to)
+                for t, x, c, by, to in zip(
+                    (dq, dk, dv), (q, k, v), factors, (turn, turn, (None, None)), (to_q, to_k, to_v), strict=True
+                )
+            ]
+            return group.factor_gradients(torch.cat(sums))
         if call.head_norms is not None:
-            raw, rstds = (qk[:, :, :heads], qk[:, :, heads:]), self.kept.pop("rstd")
-            for t, x, n, r, to in zip((dq, dk), raw, call.head_norms, rstds, targets, strict=True):
+            rstds = self.kept.pop("rstd")
+            for t, x, n, r, to in zip((dq, dk), (q, k), call.head_norms, rstds, (to_q, to_k), strict=True):
                 norm_rotate_backward(t, x, n.weight, r, call.cos, call.sin, style=n.style, out=to)
         elif call.cos is not None and call.sin is not None:
-            for t, to in zip((dq, dk), targets, strict=True):
+            for t, to in zip((dq, dk), (to_q, to_k), strict=True):
                 rotate(t, call.cos, call.sin, inverse=True, out=to)
-            if self.qkv.c is not None:
+            if group.c is not None:
                 # The transpose is the inverse but for a scale that cos and sin may carry (YaRN's).
                 cos, sin = call.cos.to(wide_dtype(y.dtype)), call.sin.to(wide_dtype(y.dtype))
                 size = cos.square() + sin.square()
                 rotate(qk, cos / size, sin / size, inverse=True)
         else:
-            for t, to in zip((dq, dk), targets, strict=True):
+            for t, to in zip((dq, dk), (to_q, to_k), strict=True):
                 to.copy_(t)
         to_v.copy_(dv)
+        return group.scale_gradients(out, y)
 
     def gradients(self) -> list[Tensor | None]:
         """Of the trained tensors, in their order and dtypes."""

@@ -375,7 +375,12 @@ class Group:
             return [None] * len(self.linears)
         offset = None if self.bias is None else self.bias * g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
         _, total = scale_and_sum(g, y, self.c, out=g)
-        found = ((total if offset is None else total - offset) / self.c.to(total.dtype)).split(self.widths)
+        return self.factor_gradients(total if offset is None else total - offset)
+
+    def factor_gradients(self, total: Tensor) -> list[Tensor | None]:
+        """Dc by linear, or None, of the sums over rows of dL/d(c z) times c z (rows,)."""
+        assert self.c is not None
+        found = (total / self.c.to(total.dtype)).split(self.widths)
         return [one if linear.scaled else None for linear, one in zip(self.linears, found, strict=True)]
 
     def backward(

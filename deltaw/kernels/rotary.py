@@ -9,6 +9,9 @@ The transpose, which takes gradients back, is the inverse where cos and sin are 
 a scale of their own (YaRN's), so it is computed as the transpose. The norm before it is `norm.py`'s with d = D, as
 Qwen3 and Gemma 3 have it on queries and keys.
 
+Outputs of a linear that were multiplied by a factor for each column and then turned (DoRA's, see `scaled.py`) go back
+through both in one pass, with the factors' gradients, in `rotate_back_scaled`.
+
 Tensors are (B, S, H, D): batch, tokens, heads, head size. Queries and keys that lie side by side in one buffer are one
 call over the heads of both. Arithmetic, dispatch and use as in `norm.py`.
 """
@@ -163,6 +166,50 @@ def norm_rotate_backward_torch(
         rotate_torch(turned, cos, sin, inverse=True)
     dx = rms_norm_backward_torch(turned, x, weight, rstd, style=style, out=out)
     return dx.contiguous() if out is None else dx
+
+
+def rotate_back_scaled(
+    g: Tensor, y: Tensor, c: Tensor, cos: Tensor | None, sin: Tensor | None, *, out: Tensor
+) -> Tensor:
+    """Of y = rotate(c z): dL/dz with dL/dy = g, and what dL/dc is made from.
+
+    Args:
+        g: (B, S, H, D), last dimension contiguous, any other strides.
+        y: as g; turned, as it came forward.
+        c: (H D,), any floating dtype.
+        cos: (B or 1, S, R) as in `rotate`; None: no rotation.
+        sin: as cos.
+        out: as g, sharing no memory with g or y; gets dL/dz.
+
+    Returns:
+        The sums over tokens of dL/d(c z) times c z, (H D,), float32 (float64 for float64); over c they are dL/dc.
+
+    Raises:
+        InputError: shapes, dtypes, devices or strides that do not fit.
+    """
+    _check_heads(g, cos, sin, g=g, y=y, out=out)
+    check_like("c", c, (g.shape[2] * g.shape[3],), g, dtype=False)
+    kernels = triton_form(g, "rotary_triton")
+    sums: Tensor = (rotate_back_scaled_torch if kernels is None else kernels.rotate_back_scaled)(
+        g, y, c, cos, sin, out=out
+    )
+    return sums
+
+
+def rotate_back_scaled_torch(
+    g: Tensor, y: Tensor, c: Tensor, cos: Tensor | None, sin: Tensor | None, *, out: Tensor
+) -> Tensor:
+    """`rotate_back_scaled` in torch on any device."""
+    wide = wide_dtype(g.dtype)
+    grad, before = g.to(wide), y.to(wide)
+    if cos is not None and sin is not None:
+        cos, sin = cos.to(wide), sin.to(wide)
+        # The transpose is the inverse but for a scale that cos and sin may carry (YaRN's).
+        size = cos.square() + sin.square()
+        grad = rotate_torch(grad, cos, sin, inverse=True, out=grad.new_empty(grad.shape))
+        before = rotate_torch(before, cos / size, sin / size, inverse=True, out=before.new_empty(before.shape))
+    out.copy_(grad * c.to(wide).view(g.shape[2:]))
+    return (grad * before).sum((0, 1)).flatten()
 
 
 def _check_heads(like: Tensor, cos: Tensor | None, sin: Tensor | None, **tensors: Tensor | None) -> None:

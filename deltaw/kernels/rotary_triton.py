@@ -7,11 +7,13 @@ Tensors of B S H D values that pass through memory, and the time at 3.0 TB/s for
     rotate elsewhere        x -> out       2                            45 us
     norm_rotate             x -> y         2                            45 us
     norm_rotate_backward    g, x -> dx     3                            67 us
+    rotate_back_scaled      g, y -> out    3                            67 us
 
 beside rstd (4 bytes a head) and cos and sin, 4 R bytes for each program: 1 / 8 of what one with 16 heads reads, and
 that from the cache but for the first time (4 MB in all at R 128, 1 MB where 4 sequences share them).
 
-A program owns some heads of one token, as both halves of what is rotated and, where R < D, the rest.
+A program owns some heads of one token, as both halves of what is rotated and, where R < D, the rest; of
+`rotate_back_scaled`, of a strip of tokens, whose sums are written as float32 and added by a second, small reduction.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from deltaw.kernels.norm import Style
 TILE = 1024
 #: Values of a half for each thread.
 PER_THREAD = 8
+#: Tokens of a program that sums over them.
+STRIP = 32
 
 
 # The kernels' arguments carry no annotations: the compiler would look up their names.
@@ -249,6 +253,94 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(dx + last, ((c - h_c * mean) * scale).to(dx.dtype.element_ty), mask=live & within)
 
 
+@triton.jit(do_not_specialize=["length", "tokens"])  # type: ignore[untyped-decorator]
+def _back_scaled_kernel(  # type: ignore[no-untyped-def]
+    g,
+    y,
+    c,
+    cos,
+    sin,
+    out,
+    sums,
+    length,
+    tokens,
+    g_batch,
+    g_token,
+    g_head,
+    y_batch,
+    y_token,
+    y_head,
+    out_batch,
+    out_token,
+    out_head,
+    cos_batch,
+    cos_token,
+    sin_batch,
+    sin_token,
+    COUNT: tl.constexpr,
+    SIZE: tl.constexpr,
+    R_HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+    live = head < COUNT
+    sums += (tl.program_id(0).to(tl.int64) * COUNT + head) * SIZE
+    if R_HALF > 0:
+        lane = tl.arange(0, HALF)[None, :]
+        inside = lane < R_HALF
+        mask = live & inside
+        c_a = tl.load(c + head * SIZE + lane, mask=mask, other=0.0).to(tl.float32)
+        c_b = tl.load(c + head * SIZE + R_HALF + lane, mask=mask, other=0.0).to(tl.float32)
+        sum_a = tl.zeros([HEADS, HALF], tl.float32)
+        sum_b = tl.zeros([HEADS, HALF], tl.float32)
+    if REST > 0:
+        last = 2 * R_HALF + tl.arange(0, REST)[None, :]
+        within = live & (last < SIZE)
+        c_rest = tl.load(c + head * SIZE + last, mask=within, other=0.0).to(tl.float32)
+        sum_rest = tl.zeros([HEADS, REST], tl.float32)
+    for step in range(STRIP):
+        token = tl.program_id(0) * STRIP + step
+        there = token + tl.zeros([1, 1], tl.int32) < tokens
+        batch, place = (token // length).to(tl.int64), (token % length).to(tl.int64)
+        from_g = g + batch * g_batch + place * g_token + head * g_head
+        from_y = y + batch * y_batch + place * y_token + head * y_head
+        to = out + batch * out_batch + place * out_token + head * out_head
+        if R_HALF > 0:
+            now = mask & there
+            a = tl.load(from_g + lane, mask=now, other=0.0).to(tl.float32)
+            b = tl.load(from_g + R_HALF + lane, mask=now, other=0.0).to(tl.float32)
+            y_a = tl.load(from_y + lane, mask=now, other=0.0).to(tl.float32)
+            y_b = tl.load(from_y + R_HALF + lane, mask=now, other=0.0).to(tl.float32)
+            of_cos = cos + batch * cos_batch + place * cos_token
+            of_sin = sin + batch * sin_batch + place * sin_token
+            cos_a = tl.load(of_cos + lane, mask=inside & there, other=1.0).to(tl.float32)
+            cos_b = tl.load(of_cos + R_HALF + lane, mask=inside & there, other=1.0).to(tl.float32)
+            sin_a = tl.load(of_sin + lane, mask=inside & there, other=0.0).to(tl.float32)
+            sin_b = tl.load(of_sin + R_HALF + lane, mask=inside & there, other=0.0).to(tl.float32)
+            first = a * cos_a + b * sin_b
+            second = b * cos_b - a * sin_a
+            # Turned back, y over what cos and sin carry is what it was before.
+            y_a *= 1.0 / (cos_a * cos_a + sin_a * sin_a)
+            y_b *= 1.0 / (cos_b * cos_b + sin_b * sin_b)
+            sum_a += first * (y_a * cos_a + y_b * sin_b)
+            sum_b += second * (y_b * cos_b - y_a * sin_a)
+            tl.store(to + lane, (first * c_a).to(out.dtype.element_ty), mask=now)
+            tl.store(to + R_HALF + lane, (second * c_b).to(out.dtype.element_ty), mask=now)
+        if REST > 0:
+            now = within & there
+            grad = tl.load(from_g + last, mask=now, other=0.0).to(tl.float32)
+            sum_rest += grad * tl.load(from_y + last, mask=now, other=0.0).to(tl.float32)
+            tl.store(to + last, (grad * c_rest).to(out.dtype.element_ty), mask=now)
+    if R_HALF > 0:
+        tl.store(sums + lane, sum_a, mask=mask)
+        tl.store(sums + R_HALF + lane, sum_b, mask=mask)
+    if REST > 0:
+        tl.store(sums + last, sum_rest, mask=within)
+
+
 def _shape(x: Tensor, rotated: int, tile: int, per_thread: int) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid, and the constants of one program. A tile holds at least a value a thread."""
     batch, length, count, size = x.shape
@@ -385,3 +477,47 @@ def norm_rotate_backward(
             **constants,
         )
     return dx
+
+
+def rotate_back_scaled(
+    g: Tensor,
+    y: Tensor,
+    c: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    out: Tensor,
+    tile: int = TILE,
+    per_thread: int = PER_THREAD,
+    strip: int = STRIP,
+) -> Tensor:
+    """`rotary.rotate_back_scaled_torch` in one kernel and a small sum; otherwise as `rotate` here."""
+    batch, length, count, size = g.shape
+    tokens = batch * length
+    strips = triton.cdiv(tokens, strip)
+    sums = torch.empty(strips, count * size, dtype=torch.float32, device=g.device)
+    if g.numel():
+        rotated = 0 if cos is None else cos.shape[2]
+        (_, groups), constants = _shape(g, rotated, tile, per_thread)
+        with torch.cuda.device_of(g):
+            _back_scaled_kernel[(strips, groups)](
+                g,
+                y,
+                c.contiguous(),
+                c if cos is None else cos,
+                c if sin is None else sin,
+                out,
+                sums,
+                length,
+                tokens,
+                *g.stride()[:3],
+                *y.stride()[:3],
+                *out.stride()[:3],
+                *_strides(cos),
+                *_strides(sin),
+                SIZE=size,
+                REST=_rest(size, rotated),
+                STRIP=strip,
+                **constants,
+            )
+    return sums.sum(0)

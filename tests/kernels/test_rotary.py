@@ -57,6 +57,7 @@ class Form:
             from deltaw.kernels import rotary_triton as source
         self.rotate, self.norm_rotate = source.rotate, source.norm_rotate
         self.norm_rotate_backward = source.norm_rotate_backward
+        self.rotate_back_scaled = source.rotate_back_scaled
 
 
 @pytest.fixture(params=["torch", TRITON])
@@ -197,6 +198,60 @@ def test_norm_and_rotation_are_float64s(form, dtype, shape, rotated, shared, rot
         torch.testing.assert_close(got.double(), slope, rtol=share + 1e-5, atol=1e-5 * float(slope.abs().max()))
     assert framed.untouched()
     assert torch.equal(g, before[0]) and torch.equal(x, before[1])
+
+
+def rotations(shape, rotated, shared, device, *, scale):
+    """cos and sin of true rotations, times a scale, as YaRN has it."""
+    angle = torch.randn(1 if shared else shape[0], shape[1], rotated // 2, generator=generator(0, "angle"))
+    angle = torch.cat([angle, angle], -1).to(device)
+    return scale * angle.cos(), scale * angle.sin()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rotating", [True, False])
+@pytest.mark.parametrize(("shape", "rotated", "shared"), SHAPES + LARGE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaled_outputs_go_back_in_one_pass(form, dtype, shape, rotated, shared, rotating, layout):
+    g, y = (heads(name, shape, dtype, form.device, layout=layout) for name in "gy")
+    c = 0.5 + torch.rand(shape[2] * shape[3], generator=generator(0, "c")).to(form.device)
+    grad, before = g.double(), y.double()
+    cos = sin = None
+    if rotating:
+        cos, sin = rotations(shape, rotated, shared, form.device, scale=1.3)
+        leaf = torch.zeros_like(before, requires_grad=True)
+        (grad,) = torch.autograd.grad(turned(leaf, cos, sin), leaf, grad)
+        # Scaled rotations' inverse is their transpose over the square of the scale; the rest stays.
+        (back,) = torch.autograd.grad(turned(leaf, cos, sin), leaf, before)
+        before = torch.cat([back[..., :rotated] / 1.69, before[..., rotated:]], -1)
+    kept = g.clone(), y.clone()
+    framed = Framed(shape, dtype, form.device)
+    sums = form.rotate_back_scaled(g, y, c, cos, sin, out=framed.inside)
+    assert sums.dtype == torch.float32 and sums.shape == c.shape
+    # cos and sin are float32.
+    share = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
+    wanted = grad * c.double().view(shape[2:])
+    torch.testing.assert_close(framed.inside.double(), wanted, rtol=share + 4e-6, atol=4e-6)
+    terms = (grad * before).abs().sum((0, 1)).flatten()
+    assert ((sums.double() - (grad * before).sum((0, 1)).flatten()).abs() <= 1e-5 * terms + 1e-7).all()
+    assert framed.untouched()
+    assert torch.equal(g, kept[0]) and torch.equal(y, kept[1])
+
+
+def test_scaled_outputs_gradients_are_autograds():
+    shape = (2, 3, 4, 10)
+    g, z = (heads(name, shape, torch.float64, "cpu") for name in "gz")
+    c = (0.5 + torch.rand(40, generator=generator(0, "c"), dtype=torch.float64)).requires_grad_()
+    cos, sin = (t.double() for t in rotations(shape, 6, False, "cpu", scale=0.8))
+    # Angles are float32, so the squares' sum is no square of the scale to the last bit.
+    z.requires_grad_()
+    y = turned(z * c.view(4, 10), cos, sin)
+    dz, dc = torch.autograd.grad(y, (z, c), g)
+    out = torch.empty_like(g)
+    sums = rotary.rotate_back_scaled(g, y.detach(), c.detach(), cos, sin, out=out)
+    torch.testing.assert_close(out, dz)
+    torch.testing.assert_close(sums / c.detach(), dc, rtol=1e-6, atol=1e-9)
+    with pytest.raises(InputError, match=r"c is torch\.float64 of shape \(39,\)"):
+        rotary.rotate_back_scaled(g, y.detach(), c.detach()[1:], cos, sin, out=out)
 
 
 def rotated_bound(x, cos, sin):
