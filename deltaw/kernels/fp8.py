@@ -265,10 +265,10 @@ def write_columns(A: Tensor, q: Tensor, scale: Tensor) -> Tensor:
         InputError: shapes or dtypes that do not fit.
     """
     fits = A.dim() == 2 and q.shape == A.shape[::-1] and scale.shape == q.shape[:1] and q.dtype == torch.float8_e4m3fn
-    if not fits or A.dtype not in _DTYPES:
+    if not fits or A.dtype not in _DTYPES or (q.shape[1] > 1 and q.stride(1) != 1):
         raise InputError(
-            f"A is {A.dtype} {tuple(A.shape)}, q {q.dtype} {tuple(q.shape)} and scale {tuple(scale.shape)}: expected a "
-            "floating (P, K), float8_e4m3fn (K, P) and (K,)"
+            f"A is {A.dtype} {tuple(A.shape)}, q {q.dtype} {tuple(q.shape)} of strides {q.stride()} and scale "
+            f"{tuple(scale.shape)}: expected a floating (P, K), float8_e4m3fn (K, P) of contiguous rows, and (K,)"
         )
     kernels = triton_form(A, "fp8_triton")
     form = write_columns_torch if kernels is None else kernels.write_columns
