@@ -109,7 +109,8 @@ class TrainConfig:
         baselines: whether to measure the majority class and TF-IDF + logistic regression too (or a tag dictionary).
         tensorboard: also log to TensorBoard, into the run folder.
         sharding: `none` (under torchrun every process has the whole model) or `fsdp2` (in training each keeps a part of
-            parameters, gradients and optimizer state; the base is still loaded whole by each, so it has to fit).
+            the base, and of all that full fine-tuning trains; an adapter stays whole. The base is still loaded whole by
+            each, so it has to fit).
     """
 
     model: str = "smollm2-135m"

@@ -126,7 +126,7 @@ def fit(
                 # The same rows whether the run begins or resumes.
                 learn_directions(model, **_sample(examples, collator, device))
             if config.sharding == "fsdp2":
-                shard(model, device)
+                shard(model, device, whole=() if whole else [p for p in model.parameters() if p.requires_grad])
             trainer = DeltawTrainer(
                 model=model,
                 args=arguments,

@@ -1,11 +1,15 @@
 """FSDP2: every process keeps a part of each parameter, gradient and optimizer state, and gathers a block to run it.
 
+An adapter's parameters stay whole in every process: they are few, and as parts of distributed tensors each of hundreds
+would cost the host more than its arithmetic costs the device. Their gradients are averaged once a step.
+
 torch's `fully_shard` is called here, not through accelerate, which on CPUs quietly falls back to whole copies.
 What gathers or distributes talks to the other processes: every one of them has to call it, in the same order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,13 @@ from deltaw.quant.shards import shardable
 from deltaw.quant.tensor import NF4Tensor
 
 
-def shard(model: Any, device: torch.device) -> None:
+def shard(model: Any, device: torch.device, *, whole: Iterable[nn.Parameter] = ()) -> None:
     """Shards the model in place, block by block, over all processes; torch.distributed is running.
+
+    Args:
+        model: the same in every process.
+        device: of this process.
+        whole: parameters that stay whole in each; what trains them calls `average_gradients`.
 
     Raises:
         InputError: an encoder-decoder, whose parts are also run by themselves.
@@ -32,13 +41,13 @@ def shard(model: Any, device: torch.device) -> None:
     if model.config.is_encoder_decoder:
         raise InputError(f"sharding does not know {type(model).__name__}, an encoder-decoder: leave it at none")
     mesh = init_device_mesh(device.type, (get_world_size(),))
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    blocks, kept = set(getattr(model, "_no_split_modules", None) or ()), set(whole)
     for module in reversed(list(model.modules())):
         if type(module).__name__ in blocks:
             _make_shardable(module)
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, ignored_params=kept)
     _make_shardable(model)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=kept)
     # Else accelerate would wrap it for DDP.
     model._is_accelerate_prepared = True
 
@@ -56,7 +65,44 @@ def _make_shardable(module: nn.Module) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has taken the model's parameters apart."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return any_sharded(model.parameters())
+
+
+def any_sharded(parameters: Iterable[Tensor]) -> bool:
+    """Whether this process holds parts of some of them only."""
+    return any(hasattr(parameter, "full_tensor") for parameter in parameters)
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Makes gradients their mean over all processes, of parameters that each has whole; every process has to call it.
+
+    Where some processes have no gradient theirs counts as 0; where none has, there is none afterwards.
+    """
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    for alike in by_dtype.values():
+        _average(alike)
+
+
+def _average(parameters: Sequence[nn.Parameter]) -> None:
+    """`average_gradients` of parameters of one dtype, all in one message, with how many processes have each."""
+    from torch.distributed import all_reduce, get_world_size
+
+    first = parameters[0]
+    here = [parameter.grad is not None for parameter in parameters]
+    counts = first.new_ones(len(here)) if all(here) else torch.tensor(here, dtype=first.dtype, device=first.device)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    message = torch.cat([counts.detach(), *(part.detach().reshape(-1) for part in parts)])
+    all_reduce(message)
+    means = message[len(here) :].div_(get_world_size()).split([part.numel() for part in parts])
+    # Only who lacks some waits for the device to hear of them.
+    found = here if all(here) else message[: len(here)].tolist()
+    known = [(*one[:3],) for one in zip(parameters, parts, means, found, strict=True) if one[3]]
+    if known:
+        torch._foreach_copy_([part for _, part, _ in known], [mean.view(part.shape) for _, part, mean in known])
+    for parameter, part, _ in known:
+        parameter.grad = part
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -90,7 +136,8 @@ def load_optimizer(model: nn.Module, optimizer: Any, state: dict[str, Any]) -> N
 
 def load_adapter_weights(model: nn.Module, name: str, folder: Path) -> None:
     """Puts the tensors of an adapter folder into the adapter on the model, sharded or not."""
-    if not is_sharded(model):
+    parts = [part for _, _, part in parts_of(model, name)]
+    if not any_sharded(tensor for part in parts for tensor in part.tensors().values()):
         load_state(model, name, folder)
         return
     _, _, tensors = read_adapter(folder)

@@ -33,6 +33,8 @@ from deltaw.train.order import StepOrder
 from deltaw.train.private import MicroBatch, PoissonBatches, PrivacyPlan, PrivateGradients
 from deltaw.train.run_folder import RunFolder
 from deltaw.train.sharding import (
+    any_sharded,
+    average_gradients,
     is_sharded,
     load_adapter_weights,
     load_model_weights,
@@ -122,6 +124,8 @@ class DeltawTrainer(transformers.Trainer):
         self.grad_norm: Any = None
         #: Whatever of the model is trained, for which Trainer would walk all modules several times a step.
         self.trained: list[nn.Parameter] = []
+        #: Whether the base is sharded and what is trained is whole in every process.
+        self.averages = is_sharded(kwargs["model"]) and not any_sharded(own.values()) and not self.whole_model
         self.epoch_iterator: Any = None
         #: An epoch's iterator, and the next step's batches from it with their number of labels.
         self.ahead: tuple[Any, Any] = (None, None)
@@ -272,6 +276,8 @@ class DeltawTrainer(transformers.Trainer):
         self._train_mode(model)
         loss: Tensor = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
         self.accelerator.backward(loss)
+        if self.averages and self.accelerator.sync_gradients:
+            average_gradients(self.trained)
         loss = loss.detach()
         self.tokens_seen += count
         self.finite &= torch.isfinite(loss)
@@ -394,7 +400,7 @@ class DeltawTrainer(transformers.Trainer):
         model: Any = self.model
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        state = optimizer_state(model, optimizer) if is_sharded(model) else optimizer.state_dict()
+        state = optimizer_state(model, optimizer) if any_sharded(self.trained) else optimizer.state_dict()
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(schedule.state_dict(), Path(output_dir) / "scheduler.pt")
@@ -406,7 +412,7 @@ class DeltawTrainer(transformers.Trainer):
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
         state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
-        if is_sharded(model):
+        if any_sharded(p for p in model.parameters() if p.requires_grad):
             load_optimizer(model, optimizer, state)
         else:
             optimizer.load_state_dict(state)

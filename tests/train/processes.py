@@ -40,8 +40,11 @@ def main(file: str) -> None:
         entry: dict[str, Any] = {"said": []}
 
         def step(self: Any, *args: Any, job: Any = job, entry: Any = entry, **kwargs: Any) -> Any:
-            held = sum(local_part(p).numel() for p in self.model.parameters())
-            entry["share"] = held / sum(p.numel() for p in self.model.parameters())
+            # Of the base, or of all where all is trained.
+            counted = [p for p in self.model.parameters() if not p.requires_grad or self.whole_model]
+            entry["share"] = sum(local_part(p).numel() for p in counted) / sum(p.numel() for p in counted)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            entry["trained share"] = sum(local_part(p).numel() for p in trained) / sum(p.numel() for p in trained)
             entry["steps"] = self.state.global_step + 1
             if self.state.global_step == job.get("stop_at"):
                 raise Stopped

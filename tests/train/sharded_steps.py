@@ -55,8 +55,10 @@ def whole(tensor: Any) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def steps(model: Any, rank: int, world: int) -> dict[str, Any]:
+def steps(model: Any, rank: int, world: int, *, averages: bool = False) -> dict[str, Any]:
     """Optimizer steps on this process' rows: losses over all of them, gradients, and the adapter that comes of it."""
+    from deltaw.train.sharding import average_gradients
+
     ids = torch.randint(3, tiny.VOCAB, (STEPS, ROWS, 9), generator=generator(0, "sharded steps"))
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(own.values(), lr=1e-2)
@@ -68,6 +70,8 @@ def steps(model: Any, rank: int, world: int) -> dict[str, Any]:
         loss = loss / batch[:, 1:].numel()
         # Processes' gradients are averaged.
         (loss * world).backward()
+        if averages:
+            average_gradients([*own.values()])
         total = loss.detach().clone()
         if world > 1:
             torch.distributed.all_reduce(total)
@@ -85,6 +89,20 @@ def packed(model: Any) -> dict[str, dict[str, torch.Tensor]]:
         for path, module in model.named_modules()
         if isinstance(module._parameters.get("weight"), NF4Tensor)
     }
+
+
+def averaged(rank: int, folder: str) -> None:
+    """Gradients after `average_gradients`, of parameters that both processes, one of them or none has one for."""
+    from deltaw.train.sharding import average_gradients
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = [torch.nn.Parameter(torch.zeros(2, 3, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16) * 4]
+    for i, parameter in enumerate(found):
+        if i // 2 in (0, 1 + rank):
+            parameter.grad = torch.full((3, 2), 1.0 + i + 10 * rank, dtype=parameter.dtype).t()
+    average_gradients(found)
+    torch.save([parameter.grad for parameter in found], os.path.join(folder, f"averaged-{rank}.pt"))
+    torch.distributed.destroy_process_group()
 
 
 def main(folder: str) -> None:
@@ -107,6 +125,11 @@ def main(folder: str) -> None:
             unit.reshard()
         found["again"] = sorted(type(local_part(p)).__name__ for p in model.parameters())
         torch.save(found, os.path.join(folder, f"{case}-{rank}.pt"))
+    model = made("llama")
+    shard(model, torch.device("cpu"), whole=[p for p in model.parameters() if p.requires_grad])
+    kinds = {type(p).__name__ for p in model.parameters() if p.requires_grad}
+    found = {"trained": kinds} | steps(model, rank, world, averages=True)
+    torch.save(found, os.path.join(folder, f"whole-{rank}.pt"))
     torch.distributed.destroy_process_group()
 
 

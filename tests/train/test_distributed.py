@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sharded_steps
 import small_runs
 import torch
 from safetensors.torch import load_file
@@ -153,8 +154,11 @@ def test_sharded_processes_are_one_too(place, tmp_path):
     first, second = torchrun(tmp_path, jobs)
     errors = [job.get("error") for job in first]
     assert errors[:6] + errors[7:] == [None, None, "Stopped: ", None, None, None, None]
-    for job in first + second:
-        assert job["share"] == pytest.approx(0.5, abs=0.05)
+    for log in (first, second):
+        for number, job in enumerate(log):
+            assert job["share"] == pytest.approx(0.5, abs=0.05)
+            # An adapter stays whole in every process, and what full fine-tuning trains does not.
+            assert job["trained share"] == (pytest.approx(0.5, abs=0.05) if number == 4 else 1.0)
     for log in (first, second):
         assert "NaN or infinite at step 3" in log[6]["error"] and log[6]["steps"] == 4
     train(**keys_for(place, tmp_path / "one"))
@@ -227,6 +231,19 @@ def test_a_run_on_a_gpu_resumes_exactly(place, tmp_path, monkeypatch, method):
             train(**base | {"output": str(tmp_path / "run")})
     resume(tmp_path / "run")
     assert small_runs.outcome(tmp_path / "run") == small_runs.outcome(tmp_path / "whole")
+
+
+def test_gradients_are_averaged_where_any_process_has_one(tmp_path):
+    torch.multiprocessing.spawn(sharded_steps.averaged, (str(tmp_path),), nprocs=2)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"averaged-{rank}.pt")
+        for i, grad in enumerate(found):
+            of = [1.0 + i + 10 * process for process in (0, 1) if i // 2 in (0, 1 + process)]
+            if not of:
+                assert grad is None
+                continue
+            assert grad.dtype == (torch.float32, torch.bfloat16)[i % 2] and grad.shape == (2, 3)
+            assert (grad == sum(of) / 2).all()
 
 
 def test_sharding_needs_processes(place, tmp_path):

@@ -49,7 +49,8 @@ def start(*words):
 def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
     start(Path(sharded_steps.__file__), folder)
-    return {case: [torch.load(folder / f"{case}-{rank}.pt") for rank in (0, 1)] for case in sharded_steps.CASES}
+    cases = [*sharded_steps.CASES, "whole"]
+    return {case: [torch.load(folder / f"{case}-{rank}.pt") for rank in (0, 1)] for case in cases}
 
 
 @pytest.mark.parametrize("case", sharded_steps.CASES)
@@ -76,6 +77,15 @@ def test_steps_are_those_of_one_process(sharded, case):
     for name, (rows, *rest) in shapes.items():
         parts = [found["held"][name][1] for found in (first, second)]
         assert parts == [(-(-rows // 2), *rest), (rows // 2, *rest)], name
+
+
+def test_adapters_may_stay_whole(sharded):
+    expected = sharded_steps.steps(sharded_steps.made("llama"), 0, 1)
+    for found in sharded["whole"]:
+        assert found["trained"] == {"Parameter"}
+        for got, want in zip(found["grads"], expected["grads"], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found["adapter"], expected["adapter"], rtol=1e-4, atol=1e-5)
 
 
 def keys_in(folder, **base):
