@@ -271,6 +271,9 @@ def _fp8(M: int) -> Iterator[Case]:
         "fp8 weight from nf4, and what rounding takes", lambda: None,
         lambda _: fp8.quantize_nf4(weight, nf4_code(weight.device), lost=lost), INNER * WIDTH * 4.516,
     )  # fmt: skip
+    A, (_, _, qT, scale) = draw(RANK, WIDTH), fp8.quantize_rows_and_columns(W, room=(0, RANK))
+    behind = qT.as_strided((WIDTH, RANK), qT.stride(), INNER)
+    yield Case("fp8 columns of A", lambda: None, lambda _: fp8.write_columns(A, behind, scale), RANK * WIDTH * 3)
     for K in (WIDTH, INNER, 2 * INNER):
         yield Case(f"fp8 rows {K}", lambda K=K: draw(M, K), fp8.quantize_rows, 3 * M * K)
     yield Case(

@@ -27,7 +27,7 @@ SHARE = 0.5
 
 
 class Directions(NamedTuple):
-    """P (K, p) in the dtype of x, column by column, and R (K, p) in bfloat16, for a wider x in its dtype."""
+    """P (K, p) in the dtype of x, column by column, and R (K, p) in bfloat16, or at least float32 where x is not."""
 
     P: Tensor
     R: Tensor

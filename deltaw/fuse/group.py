@@ -59,7 +59,7 @@ class Store:
     def held_bytes(self) -> int:
         """Of what `hold` lets stay."""
         narrow = sum(t.nbytes for made, _ in (self.narrow or {}).values() for t in made if t is not None)
-        return narrow + sum(whole.nbytes for whole, _ in self.decoded.values())
+        return narrow + sum(whole.untyped_storage().nbytes() for whole, _ in self.decoded.values())
 
     def hold(self, count: int, layers: int, *, narrow: bool) -> None:
         """Lets decoded weights of the last `count` of the layers stay; with 8-bit ones, of all or of none."""

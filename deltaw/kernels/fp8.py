@@ -64,6 +64,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 #: q (rows), scale of each; of W also those of W^T.
 Rows = tuple[Tensor, Tensor]
 RowsAndColumns = tuple[Tensor, Tensor, Tensor, Tensor]
+#: Columns of memory behind the rows of either.
 Room = tuple[int, int]
 
 
@@ -203,13 +204,14 @@ def quantize_rows_and_columns_torch(
         wide = wide_dtype(W.dtype)
         lost.copy_(W.to(wide) - q.to(wide) * scale.to(wide)[:, None])
     qT, scaleT = quantize_rows_torch(W.t().contiguous(), spread=of_columns)
-    q, qT = (
-        torch.empty(len(made), made.shape[1] + more, dtype=made.dtype, device=made.device)[:, : made.shape[1]].copy_(
-            made
-        )
-        for made, more in zip((q, qT), room, strict=True)
-    )
-    return q, scale, qT, scaleT
+    return _roomy(q, room[0]), scale, _roomy(qT, room[1]), scaleT
+
+
+def _roomy(q: Tensor, room: int) -> Tensor:
+    """The same with so many columns of memory behind its rows."""
+    if not room:
+        return q
+    return torch.empty(len(q), q.shape[1] + room, dtype=q.dtype, device=q.device)[:, : q.shape[1]].copy_(q)
 
 
 def quantize_nf4(

@@ -19,6 +19,7 @@ import triton  # type: ignore[import-untyped,import-not-found]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found]
 from torch import Tensor
 
+from deltaw.kernels.fp8 import Room
 from deltaw.kernels.nf4 import NESTED_BLOCK, NestedScales
 
 #: The longest row that a program holds in registers.
@@ -41,7 +42,6 @@ QUANTIZE_TILE = (64, 128)
 #: Warps of the programs over tiles.
 TILE_WARPS = 8
 
-Room = tuple[int, int]
 _Source = tuple[tuple[Tensor | int, ...], int, dict[str, int]]
 
 

@@ -50,16 +50,22 @@ def _halves(base, lane, R_HALF: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _turned(a, b, cos, sin, lane, R_HALF: tl.constexpr, INVERSE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Both halves (heads, lanes) after the rotation by one token's cos and sin."""
-    cos_a, cos_b = _halves(cos, lane, R_HALF)
-    sin_a, sin_b = _halves(sin, lane, R_HALF)
+def _by_angles(a, b, cos_a, cos_b, sin_a, sin_b, INVERSE: tl.constexpr):  # type: ignore[no-untyped-def]
     if INVERSE:
         first = a * cos_a + b * sin_b
         second = b * cos_b - a * sin_a
     else:
         first = a * cos_a - b * sin_a
         second = b * cos_b + a * sin_b
+    return first, second
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _turned(a, b, cos, sin, lane, R_HALF: tl.constexpr, INVERSE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Both halves (heads, lanes) after the rotation by one token's cos and sin."""
+    cos_a, cos_b = _halves(cos, lane, R_HALF)
+    sin_a, sin_b = _halves(sin, lane, R_HALF)
+    first, second = _by_angles(a, b, cos_a, cos_b, sin_a, sin_b, INVERSE)
     return first, second
 
 
@@ -302,8 +308,10 @@ def _back_scaled_kernel(  # type: ignore[no-untyped-def]
         c_rest = tl.load(c + head * SIZE + last, mask=within, other=0.0).to(tl.float32)
         sum_rest = tl.zeros([HEADS, REST], tl.float32)
     for step in range(STRIP):
-        token = tl.program_id(0) * STRIP + step
-        there = token + tl.zeros([1, 1], tl.int32) < tokens
+        place_in_all = tl.program_id(0) * STRIP + step
+        there = place_in_all + tl.zeros([1, 1], tl.int32) < tokens
+        # Beyond the last token its angles are read again, and nothing else is.
+        token = tl.minimum(place_in_all, tokens - 1)
         batch, place = (token // length).to(tl.int64), (token % length).to(tl.int64)
         from_g = g + batch * g_batch + place * g_token + head * g_head
         from_y = y + batch * y_batch + place * y_token + head * y_head
@@ -314,19 +322,15 @@ def _back_scaled_kernel(  # type: ignore[no-untyped-def]
             b = tl.load(from_g + R_HALF + lane, mask=now, other=0.0).to(tl.float32)
             y_a = tl.load(from_y + lane, mask=now, other=0.0).to(tl.float32)
             y_b = tl.load(from_y + R_HALF + lane, mask=now, other=0.0).to(tl.float32)
-            of_cos = cos + batch * cos_batch + place * cos_token
-            of_sin = sin + batch * sin_batch + place * sin_token
-            cos_a = tl.load(of_cos + lane, mask=inside & there, other=1.0).to(tl.float32)
-            cos_b = tl.load(of_cos + R_HALF + lane, mask=inside & there, other=1.0).to(tl.float32)
-            sin_a = tl.load(of_sin + lane, mask=inside & there, other=0.0).to(tl.float32)
-            sin_b = tl.load(of_sin + R_HALF + lane, mask=inside & there, other=0.0).to(tl.float32)
-            first = a * cos_a + b * sin_b
-            second = b * cos_b - a * sin_a
+            cos_a, cos_b = _halves(cos + batch * cos_batch + place * cos_token, lane, R_HALF)
+            sin_a, sin_b = _halves(sin + batch * sin_batch + place * sin_token, lane, R_HALF)
+            first, second = _by_angles(a, b, cos_a, cos_b, sin_a, sin_b, True)
             # Turned back, y over what cos and sin carry is what it was before.
-            y_a *= 1.0 / (cos_a * cos_a + sin_a * sin_a)
-            y_b *= 1.0 / (cos_b * cos_b + sin_b * sin_b)
-            sum_a += first * (y_a * cos_a + y_b * sin_b)
-            sum_b += second * (y_b * cos_b - y_a * sin_a)
+            y_a *= 1.0 / tl.where(inside, cos_a * cos_a + sin_a * sin_a, 1.0)
+            y_b *= 1.0 / tl.where(inside, cos_b * cos_b + sin_b * sin_b, 1.0)
+            y_a, y_b = _by_angles(y_a, y_b, cos_a, cos_b, sin_a, sin_b, True)
+            sum_a += first * y_a
+            sum_b += second * y_b
             tl.store(to + lane, (first * c_a).to(out.dtype.element_ty), mask=now)
             tl.store(to + R_HALF + lane, (second * c_b).to(out.dtype.element_ty), mask=now)
         if REST > 0:

@@ -33,7 +33,6 @@ from deltaw.train.order import StepOrder
 from deltaw.train.private import MicroBatch, PoissonBatches, PrivacyPlan, PrivateGradients
 from deltaw.train.run_folder import RunFolder
 from deltaw.train.sharding import (
-    any_sharded,
     average_gradients,
     is_sharded,
     load_adapter_weights,
@@ -125,7 +124,7 @@ class DeltawTrainer(transformers.Trainer):
         #: Whatever of the model is trained, for which Trainer would walk all modules several times a step.
         self.trained: list[nn.Parameter] = []
         #: Whether the base is sharded and what is trained is whole in every process.
-        self.averages = is_sharded(kwargs["model"]) and not any_sharded(own.values()) and not self.whole_model
+        self.averages = is_sharded(kwargs["model"]) and not self.whole_model
         self.epoch_iterator: Any = None
         #: An epoch's iterator, and the next step's batches from it with their number of labels.
         self.ahead: tuple[Any, Any] = (None, None)
@@ -400,7 +399,8 @@ class DeltawTrainer(transformers.Trainer):
         model: Any = self.model
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        state = optimizer_state(model, optimizer) if any_sharded(self.trained) else optimizer.state_dict()
+        parted = self.whole_model and is_sharded(model)
+        state = optimizer_state(model, optimizer) if parted else optimizer.state_dict()
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(schedule.state_dict(), Path(output_dir) / "scheduler.pt")
@@ -412,7 +412,7 @@ class DeltawTrainer(transformers.Trainer):
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
         state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
-        if any_sharded(p for p in model.parameters() if p.requires_grad):
+        if self.whole_model and is_sharded(model):
             load_optimizer(model, optimizer, state)
         else:
             optimizer.load_state_dict(state)

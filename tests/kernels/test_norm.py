@@ -149,7 +149,7 @@ def test_sum_and_norm_are_float64s(form, dtype, shape, place, factored):
     assert_rounded(n, wanted_n, times=2)
     assert_rounded(rstd, wanted_rstd)
     again = form.rms_norm(s, weight, eps=EPS)[0]
-    if dtype == torch.float32 and shape[1] > WHOLE:
+    if form.device == "cuda" and dtype == torch.float32 and shape[1] > WHOLE:
         # Of rows read in parts the compiler fuses sums of squares in one of the two kernels only.
         torch.testing.assert_close(n, again, rtol=1e-6, atol=0.0)
     else:
