@@ -16,6 +16,7 @@ Buffers are written over once their values are done with: dgate over gate, dup o
 | "values" | x0, n1, q, k, v, a, x1, n2, gate, up | |
 | "all" | x0, q, k, v, a, x1, gate, up | norms |
 | "attention" | x0, q, k, v, a, x1 | norms, gate, up |
+| "host-products" | x0, q, k, v, a, x1, and gate, up in host memory | norms |
 | "input" | x0 | all but the last product, which nothing asks for |
 | "host" | x0 in host memory | the same |
 | "host-attention" | x0, and what attention's graph keeps but for q, k and v, in host memory | the same but attention |
@@ -39,9 +40,11 @@ from torch.autograd.graph import get_gradient_edge
 from deltaw.core.errors import RunError
 from deltaw.fuse.away import Away
 from deltaw.fuse.call import DOWN, GATE_UP, GROUPS, OUT, QKV, Call, Passed
-from deltaw.fuse.group import Group, with_room
+from deltaw.fuse.group import Group
+from deltaw.fuse.host_memory import LEAVING, Held
 from deltaw.fuse.keep import KEEPS
 from deltaw.kernels.gated import gated, gated_and_project, gated_backward, gated_backward_low_rank
+from deltaw.kernels.memory import with_room
 from deltaw.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward, wide_dtype
 from deltaw.kernels.rotary import norm_rotate, norm_rotate_backward, rotate, rotate_back_scaled
 from deltaw.kernels.scaled import scale_and_sum, scaled_add
@@ -93,7 +96,7 @@ class _State:
         call, x0 = self.call, self.x0
         assert x0 is not None
         keep = call.keep
-        norms, products, attentions = (self.wanted and keep in KEEPS[:count] for count in (1, 2, 3))
+        norms, products, attentions = (self.wanted and keep in KEEPS[:count] for count in (1, 2, 4))
         away = Away(call.host) if self.wanted and keep == "host-attention" and call.host is not None else None
         attention = self._attention(x0, graph=attentions, norm=norms, away=away)
         x1, zo, n2 = self._after_attention(x0, attention["a"])
@@ -110,15 +113,17 @@ class _State:
         act, self.h[DOWN] = self._act_and_h(z)
         if products:
             self.kept["z"] = z
+        elif self.wanted and keep == "host-products" and call.host is not None:
+            # One at a time: they are large, and the next one is some layers away.
+            self.kept["z"] = self._put(_memory(z), leaving=1), z.shape[1], z.stride(0)
         del z
         x2, zd, n3 = self._after_mlp(x1, act)
         if attentions:
             self.kept["zd"] = zd
         if self.wanted and keep in ("host", "host-attention") and call.host is not None:
-            self.kept["x0"] = call.host.put(x0)
-            # A pass that is never taken back leaves nothing behind.
-            for held in (self.kept["x0"], *(away.held if away is not None else ())):
-                weakref.finalize(self, call.host.drop, held).atexit = False
+            self.kept["x0"] = self._put(x0)
+            for held in away.held if away is not None else ():
+                self._drop_at_the_end(held)
             self.x0 = None
         if not self.wanted:
             self.x0 = None
@@ -128,6 +133,18 @@ class _State:
         if n3 is not None and call.following is not None:
             call.passed.append(Passed(weakref.ref(made), made._version, call.following, *n3))
         return made
+
+    def _put(self, tensor: Tensor, leaving: int = LEAVING) -> Held:
+        """Moves a contiguous tensor to host memory."""
+        assert self.call.host is not None
+        held = self.call.host.put(tensor, leaving)
+        self._drop_at_the_end(held)
+        return held
+
+    def _drop_at_the_end(self, held: Held) -> None:
+        """A pass that is never taken back leaves nothing behind."""
+        assert self.call.host is not None
+        weakref.finalize(self, self.call.host.drop, held).atexit = False
 
     def _normed(self, which: int, x: Tensor, group: Group | None) -> tuple[Tensor, Tensor]:
         """Norm(x) (M, d + the group's spare), and the reciprocal norms."""
@@ -337,6 +354,10 @@ class _State:
         call, d = self.call, self.shape[-1]
         x1: Tensor = self.kept.pop("x1")
         z = self.kept.pop("z", None)
+        if isinstance(z, tuple):
+            held, columns, stride = z
+            assert call.host is not None
+            z = call.host.take(held).view(-1, stride)[:, :columns]
         n2, rstd = self.kept.pop("n2", None) or self._normed(1, x1, self.gate_up if z is None else None)
         if z is None:
             z = self._gate_up(n2)
@@ -469,6 +490,11 @@ class _State:
 def _wide(like: Tensor, columns: int, spare: int) -> Tensor:
     """Memory for as many rows as `like` has, of so many columns."""
     return with_room(like, len(like), columns, spare)
+
+
+def _memory(z: Tensor) -> Tensor:
+    """All of a matrix' memory, and what lies behind its rows."""
+    return z.as_strided((len(z) * z.stride(0),), (1,))
 
 
 def _whole(z: Tensor, spare: int) -> Tensor:

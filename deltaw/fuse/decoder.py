@@ -281,6 +281,9 @@ def _replacement(own: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         layer: Layer | None = self.__dict__.get(_STATE)
         if layer is None or not self.training or not torch.is_grad_enabled():
+            if layer is not None:
+                # Who computes without training may need the memory.
+                layer.fusion.store.bridged.clear()
             return own(self, *args, **kwargs)
         given = dict(signature.bind(self, *args, **kwargs).arguments)
         del given[self_name]

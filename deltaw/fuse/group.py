@@ -20,6 +20,7 @@ from deltaw.fuse.thin import Factors, Thin
 from deltaw.kernels.factors import Factor
 from deltaw.kernels.fp8 import matmul_fp8, quantize_rows, write_columns
 from deltaw.kernels.low_rank import add_product, outer_sum, project, project_and_sum
+from deltaw.kernels.memory import with_room
 from deltaw.kernels.scaled import scale_and_sum
 from deltaw.quant.weight import NF4Weight, dequantize_all
 
@@ -28,9 +29,6 @@ LEAST = 1e-6
 
 #: Columns of low-rank factors are padded to multiples of this: kernels then know that rows begin at whole vectors.
 ALIGNED = 16
-
-#: Rows with room behind them begin at multiples of this, the bytes that tensor cores' loads fetch at a time.
-ROW_BYTES = 128
 
 
 @dataclass
@@ -41,6 +39,8 @@ class Store:
         joined: dense weights as parts of one matrix with room for the factors, by `join`.
         decoded: the same of weights in 4 bits, where what was decoded stays, with the weights that it was made of.
         holds: layers (the first of a name) of which it may.
+        bridged: what was decoded for a backward pass, until the next forward pass takes it.
+        bridges: layers of which that may stay: of the first ones, when what all layers kept is not there.
         factors: those of all groups.
         narrow: weights in 8 bits, with those that they were made of; None: they are made at every use.
         directions: of groups with 8-bit products forward, those of their input, once they have been learned.
@@ -50,6 +50,8 @@ class Store:
     joined: dict[Any, Tensor] = field(default_factory=dict)
     decoded: dict[Any, tuple[Tensor, list[Any]]] = field(default_factory=dict)
     holds: range = range(0)
+    bridged: dict[Any, tuple[Tensor, list[Any]]] = field(default_factory=dict)
+    bridges: range = range(0)
     factors: Factors = field(default_factory=Factors)
     narrow: dict[Any, tuple[Narrow, list[Any]]] | None = None
     directions: dict[Any, Directions] = field(default_factory=dict)
@@ -58,17 +60,23 @@ class Store:
     @property
     def held_bytes(self) -> int:
         """Of what `hold` lets stay."""
-        narrow = sum(t.nbytes for made, _ in (self.narrow or {}).values() for t in made if t is not None)
-        return narrow + sum(whole.untyped_storage().nbytes() for whole, _ in self.decoded.values())
+        narrow = [t for made, _ in (self.narrow or {}).values() for t in made if t is not None]
+        decoded = [whole for kept in (self.decoded, self.bridged) for whole, _ in kept.values()]
+        return sum(t.untyped_storage().nbytes() for t in (*narrow, *decoded))
 
-    def hold(self, count: int, layers: int, *, narrow: bool) -> None:
-        """Lets decoded weights of the last `count` of the layers stay; with 8-bit ones, of all or of none."""
+    def hold(self, count: int, layers: int, *, narrow: bool, bridged: int = 0) -> None:
+        """Lets decoded weights of the last `count` of the layers stay; with 8-bit ones, of all or of none.
+
+        Those of the first `bridged` stay from their backward pass to their next forward pass.
+        """
         if narrow:
             count = count if count >= layers else 0
             self.narrow = None if not count else {} if self.narrow is None else self.narrow
         self.holds = range(max(0, layers - count), layers)
         self.factors.forget([name for name in self.decoded if name[0] not in self.holds])
         self.decoded = {name: kept for name, kept in self.decoded.items() if name[0] in self.holds}
+        self.bridges = range(min(bridged, self.holds.start))
+        self.bridged = {name: kept for name, kept in self.bridged.items() if name[0] in self.bridges}
 
 
 class Group:
@@ -246,13 +254,24 @@ class Group:
         if self._decoded is not None and not A:
             whole, self._decoded = self._decoded, None
             return whole[:, : self.columns + behind]
-        made = self._matrix(below, behind)
-        dequantize_all(self.packed, made[: self.rows, : self.columns])
+        stays = A and self.name is not None and self.name[0] in self.store.bridges
+        made = self._bridged(stays=stays)
+        if made is None:
+            made = self._matrix(self.P if stays else below, self.P if stays else behind)
+            dequantize_all(self.packed, made[: self.rows, : self.columns])
+        if stays:
+            self.store.bridged[self.name] = made, self._source
         if thin is not None and below:
-            made[self.rows :].copy_(thin.A)
+            made[self.rows :, : self.columns].copy_(thin.A)
         if thin is not None and behind:
-            made[:, self.columns :].copy_(thin.B)
-        return made
+            made[: self.rows, self.columns :].copy_(thin.B)
+        return made[: self.rows + below, : self.columns + behind]
+
+    def _bridged(self, *, stays: bool) -> Tensor | None:
+        """What a backward pass decoded, if it is still that; `stays`: for another one, else it is not there after."""
+        kept = self.store.bridged
+        whole, source = (kept.get if stays else kept.pop)(self.name, (None, []))
+        return whole if whole is not None and self._fits(whole) and _same(source, self._source) else None
 
     def _matrix(self, below: int, behind: int) -> Tensor:
         """Memory for W with so many rows below it and columns behind it."""
@@ -417,7 +436,8 @@ class Group:
             if self.k is None or self.lean:
                 q = quantize_rows(g)
             else:
-                q = quantize_rows(g, behind=self.k, factor=write_columns(self.thin.A, W[:, self.rows :], scale))
+                behind = W[:, self.rows : self.rows + self.P]
+                q = quantize_rows(g, behind=self.k, factor=write_columns(self.thin.A, behind, scale))
             dx = matmul_fp8(*q, W, scale, out_dtype=g.dtype)
         elif need_x and wide:
             weight = self._weight(A=True)
@@ -467,13 +487,6 @@ class Group:
             found.append(None if linear.low is None else total[at : at + linear.rank])
             at += linear.rank
         return found
-
-
-def with_room(like: Tensor, rows: int, columns: int, room: int) -> Tensor:
-    """Memory for a matrix (rows, columns + room), of the dtype and device of `like`; see `ROW_BYTES`."""
-    step = ROW_BYTES // like.element_size()
-    wide = -(-(columns + room) // step) * step if room else columns
-    return like.new_empty(rows, wide)[:, : columns + room]
 
 
 def join(weights: Sequence[nn.Parameter], ranks: int) -> Tensor | None:

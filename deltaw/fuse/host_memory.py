@@ -1,4 +1,4 @@
-"""Layers' inputs in host memory between the forward and the backward pass, moved beside the computation.
+"""Tensors of layers in host memory between the forward and the backward pass, moved beside the computation.
 
 A copy to pinned memory takes the bus for as long as a layer's products take the card many times over, so on a stream of
 its own it costs nothing; on the way back the copy of the next one that will be asked for is under way while the present
@@ -11,6 +11,8 @@ stream would come back only when the device gets there.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,9 @@ from torch import Tensor
 
 #: Tensors whose copies to the host may be under way.
 LEAVING = 3
+
+#: Bytes of the copy, and width of the product, by which `rates` measures.
+PROBE_BYTES, PROBE_WIDTH = 1 << 26, 4096
 
 
 @dataclass(eq=False)
@@ -40,14 +45,19 @@ class HostMemory:
         self._leaving: list[Held] = []
         self._streams: dict[torch.device, Any] = {}
 
-    def put(self, tensor: Tensor) -> Held:
-        """Starts copying a contiguous tensor, which nobody may write to any more."""
+    def put(self, tensor: Tensor, leaving: int = LEAVING) -> Held:
+        """Starts copying a contiguous tensor, which nobody may write to any more.
+
+        Args:
+            tensor: the device may have it until its copy is done.
+            leaving: tensors whose copies may be under way then.
+        """
         key = (tensor.shape, tensor.dtype, tensor.device)
         spare = self._free.get(key)
         host = spare.pop() if spare else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         held = Held(host, tensor.device)
         if tensor.is_cuda:
-            while len(self._leaving) >= LEAVING:
+            while len(self._leaving) >= leaving:
                 self._let_go(self._leaving.pop(0))
             self._copy(held, host, tensor)
             held.here = tensor
@@ -104,3 +114,28 @@ class HostMemory:
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
             held.done = stream.record_event()
+
+
+@functools.cache
+def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """What copies to host memory move, in bytes per second, and what products compute, in FLOPs per second."""
+    here = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
+    host = torch.empty(PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    square = torch.randn(PROBE_WIDTH, PROBE_WIDTH, dtype=dtype, device=device)
+    copy = _seconds(lambda: host.copy_(here, non_blocking=True), device)
+    product = _seconds(lambda: square @ square, device)
+    return PROBE_BYTES / copy, 2 * PROBE_WIDTH**3 / product
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """The least of three times, after one that does not count."""
+    times: list[float] = []
+    for _ in range(4):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(device):
+            start.record()
+            work()
+            end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return min(times[1:])

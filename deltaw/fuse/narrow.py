@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltaw.fuse.directions import Directions
-from deltaw.kernels.fp8 import LARGEST, quantize_nf4, quantize_rows_and_columns, spreads
+from deltaw.kernels.fp8 import LARGEST, quantize_nf4, quantize_rows_and_columns, spreads, whole
 from deltaw.quant.codebooks import nf4_code
 from deltaw.quant.weight import NF4Weight
 
@@ -17,7 +17,8 @@ from deltaw.quant.weight import NF4Weight
 TURNS = 8
 
 #: W by rows and by columns in 8 bits with their scales, as `quantize_rows_and_columns` gives them; by rows with V of
-#: the group's directions behind, and only where products forward read them; by columns with room behind.
+#: the group's directions behind, and only where products forward read them; by columns with room behind. What stands
+#: behind ends at a `whole` number of columns, with zeros.
 Narrow = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 
 
@@ -36,10 +37,12 @@ def narrowed(
         forward: whether they are wanted by rows.
         turn: by which scales are chosen; 0: as they need to be.
         along: directions along which what rounding took is put back.
-        room: columns of memory behind W by columns.
+        room: columns behind W by columns that there is to be room for.
     """
     rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
-    packed, behind = isinstance(parts[0], NF4Weight), 0 if along is None else along.R.shape[1]
+    packed, count = isinstance(parts[0], NF4Weight), 0 if along is None else along.R.shape[1]
+    behind = whole(columns + count) - columns if count else 0
+    room = whole(rows + room) - rows if room else 0
     device = parts[0].codes.device if packed else parts[0].device
     spread = spreads(rows, columns, turn, device) if turn else None
     lost = None if along is None else torch.empty(rows, columns, dtype=along.R.dtype, device=device)
@@ -47,11 +50,18 @@ def narrowed(
         q, scale, qT, scaleT = quantize_nf4(parts, nf4_code(device), spread=spread, room=(behind, room), lost=lost)
     else:
         q, scale, qT, scaleT = quantize_rows_and_columns(parts, spread=spread, room=(behind, room), lost=lost)
-    qT = qT.as_strided((columns, rows + room), qT.stride())
+    qT = _with_zeros(qT, room)
     if not forward:
         return None, None, qT, scaleT
     if along is not None and lost is not None:
         V = lost @ along.R
-        q = q.as_strided((rows, columns + behind), q.stride())
-        q[:, columns:] = (V / scale[:, None]).clamp_(-LARGEST, LARGEST).to(q.dtype)
+        q = _with_zeros(q, behind)
+        q[:, columns : columns + count] = (V / scale[:, None]).clamp_(-LARGEST, LARGEST).to(q.dtype)
     return q, scale, qT, scaleT
+
+
+def _with_zeros(q: Tensor, room: int) -> Tensor:
+    """Codes and the room behind their rows."""
+    wide = q.as_strided((len(q), q.shape[1] + room), q.stride())
+    wide[:, q.shape[1] :].view(torch.uint8).zero_()
+    return wide

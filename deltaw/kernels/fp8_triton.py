@@ -19,7 +19,7 @@ import triton  # type: ignore[import-untyped,import-not-found]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found]
 from torch import Tensor
 
-from deltaw.kernels.fp8 import Room
+from deltaw.kernels.fp8 import Room, whole
 from deltaw.kernels.nf4 import NESTED_BLOCK, NestedScales
 
 #: The longest row that a program holds in registers.
@@ -91,12 +91,12 @@ def _scale(largest):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows_kernel(  # type: ignore[no-untyped-def]
-    x, stride, behind, behind_stride, factor, q, scale, K, P,
+    x, stride, behind, behind_stride, factor, q, wide, scale, K, P,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr, BEHIND: tl.constexpr, FACTOR: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
-    q += row * (K + P)
+    q += row * wide
     most = 0
     if BEHIND:
         more = tl.arange(0, BEHIND)
@@ -125,7 +125,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             v = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
             tl.store(q + at, _e4m3(v * inverse, NATIVE), mask=at < K)
     if BEHIND:
-        tl.store(q + K + more, _e4m3(c * inverse, NATIVE), mask=more < P)
+        tl.store(q + K + more, _e4m3(c * inverse, NATIVE), mask=more < wide - K)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -243,9 +243,8 @@ def _by_row(columns: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": False}
 
 
-def _outputs(rows: int, columns: int, device: torch.device, q: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    if q is None:
-        q = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
+def _outputs(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    q = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
     return q, torch.empty(rows, dtype=torch.float32, device=device)
 
 
@@ -254,14 +253,14 @@ def quantize_rows(
     *,
     behind: Tensor | None = None,
     factor: Tensor | None = None,
-    out: Tensor | None = None,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fp8.quantize_rows_torch` in one kernel; `block`, a power of two, is how many columns a program takes at once."""
     rows, columns = x.shape
     more = 0 if behind is None else behind.shape[1]
     behind = x if behind is None else behind
-    q, scale = _outputs(rows, columns + more, x.device, out)
+    wide = whole(columns + more) if more else columns
+    q, scale = _outputs(rows, wide, x.device)
     size = _by_row(block or (LOOP_COLUMNS if columns > WHOLE_ROW else columns))
     if rows:
         with torch.cuda.device_of(x):
@@ -272,12 +271,13 @@ def quantize_rows(
                 behind.stride(0),
                 scale if factor is None else factor,
                 q.view(torch.uint8),
+                wide,
                 scale,
                 columns,
                 more,
                 **size,
                 WHOLE=columns <= size["BLOCK"],
-                BEHIND=max(16, triton.next_power_of_2(more)) if more else 0,
+                BEHIND=max(16, triton.next_power_of_2(wide - columns)) if more else 0,
                 FACTOR=factor is not None,
                 NATIVE=_native(x),
             )

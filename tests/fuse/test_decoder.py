@@ -14,9 +14,12 @@ from torch import nn
 import deltaw as dw
 from deltaw.core.errors import RunError
 from deltaw.fuse import block, decoder, flash, group, narrow, thin
+from deltaw.fuse import plan as plan_module
 from deltaw.fuse.decoder import install_blocks, needs_mask, uninstall_blocks
 from deltaw.fuse.host_memory import HostMemory
-from deltaw.fuse.keep import KEEPS, Room, choose, kept_bytes, planned, told, upgrade
+from deltaw.fuse.keep import KEEPS, Room, bridges, choose, kept_bytes, planned, told, upgrade
+from deltaw.kernels.fp8 import whole
+from deltaw.kernels.memory import ROW_BYTES
 from deltaw.quant import quantize_model
 from deltaw.quant.weight import NF4Weight
 
@@ -122,7 +125,7 @@ def test_weights_joined_for_the_time_being(family, method):
         assert install_blocks(model, keep=keep, joins=True)[0] == 3
         store = model.model.layers[0].__dict__["_deltaw_fused"].fusion.store
         assert len(store.joined) == 12
-        assert all(whole.stride(0) * whole.element_size() % group.ROW_BYTES == 0 for whole in store.joined.values())
+        assert all(whole.stride(0) * whole.element_size() % ROW_BYTES == 0 for whole in store.joined.values())
         assert_like(gradients(model, batch), wanted, CLOSE)
         # Factors that have changed are seen, also where only one of two did.
         with torch.no_grad():
@@ -172,7 +175,7 @@ def test_a_rotation_that_scales(method, keep):
 
 def test_a_pass_that_is_not_taken_back_leaves_nothing_in_host_memory():
     model, batch = model_of("llama", "lora"), batch_of(padded=False)
-    for keep, least in (("host", 3), ("host-attention", 6)):
+    for keep, least in (("host", 3), ("host-products", 3), ("host-attention", 6)):
         install_blocks(model, keep=keep)
         host = model.model.layers[0].__dict__["_deltaw_fused"].fusion.host
         hidden = model.model(**batch).last_hidden_state
@@ -227,7 +230,7 @@ def test_what_is_on_the_host_is_not_on_the_card():
     model = model_of("llama", "lora", torch.bfloat16, num_hidden_layers=8, max_position_embeddings=2048).cuda()
     ids = torch.randint(0, 99, (2, 2000), generator=torch.Generator().manual_seed(1)).cuda()
     held = {}
-    for keep in ("host", "host-attention", "attention"):
+    for keep in ("host", "host-attention", "attention", "host-products", "all"):
         install_blocks(model, keep=keep)
         for _ in range(2):
             before = torch.cuda.memory_allocated()
@@ -241,6 +244,9 @@ def test_what_is_on_the_host_is_not_on_the_card():
     output = 8 * ids.numel() * 32 * 2
     assert held["host-attention"] < held["host"] + 0.1 * output
     assert held["attention"] > held["host"] + 4 * output
+    # The last one's are still here.
+    products = (held["all"] - held["attention"]) / 8
+    assert products > 0 and held["host-products"] - held["attention"] < 1.1 * products
 
 
 def test_joined_weights_with_an_adapter_that_comes_and_goes():
@@ -588,7 +594,7 @@ def test_all_factors_are_written_at_once(monkeypatch):
         assert calls == [None] * count
 
 
-@pytest.mark.parametrize("keep", KEEPS[:4])
+@pytest.mark.parametrize("keep", KEEPS[:5])
 @pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("llama", "dora"), ("qwen3", "lora")])
 def test_what_is_kept_is_what_the_arithmetic_says(family, method, keep):
     model, batch = model_of(family, method), batch_of(padded=False)
@@ -617,6 +623,12 @@ def test_the_plan_uses_the_room_and_no_more():
     assert planned(4, 170, 260, cost) == (plan, 10) and planned(4, 50, 260, cost) == (plan, 0)
     assert planned(4, 49, 260, cost) == (["input"] * 4, 9)
     assert planned(4, 1, 999, cost) == (["all"] * 4, 599) and planned(4, 39, 49, cost) == (["host"] * 4, 39)
+    # Products that wait elsewhere.
+    cost = {"values": 120, "all": 100, "attention": 40, "host-products": 40, "input": 10, "host": 0}.__getitem__
+    assert planned(4, 270, 280, cost, {1, 2}) == (["host-products" if i in (1, 2) else "all" for i in range(4)], 0)
+    assert planned(4, 209, 209, cost, {1, 2}) == (["input", "host-products", "host-products", "all"], 19)
+    # Weights in the place of what is not there: 6 a layer beside what the layers up to that one keep.
+    assert bridges([10] * 4, 6, 40) == 3 and bridges([1] * 4, 6, 13) == 2 and bridges([1] * 4, 6, 6) == 0
     assert told(plan) == "2 layers make norms again, 1 layers make the MLP again, 1 layers keep their input"
     assert told(["input"] * 2) == "all 2 layers keep their input"
 
@@ -708,7 +720,10 @@ def test_with_products_that_lose_nothing_the_eight_bit_way_is_exact(method, four
         return W, W.new_ones(len(W)), wide[:, : len(W)].copy_(W.t()), W.new_ones(W.shape[1])
 
     def rows(x, behind=None, factor=None):
-        return x if behind is None else torch.cat([x, behind], 1), x.new_ones(len(x))
+        if behind is not None:
+            columns = x.shape[1] + behind.shape[1]
+            x = nn.functional.pad(torch.cat([x, behind], 1), (0, whole(columns) - columns))
+        return x, x.new_ones(len(x))
 
     monkeypatch.setattr(group, "quantize_rows", rows)
     monkeypatch.setattr(group, "write_columns", lambda A, q, scale: q.copy_(A.t()))
@@ -731,6 +746,7 @@ def test_plans_by_the_card_s_memory(monkeypatch):
         model, room=Room(budget_bytes=4_000_000, later_bytes=100_000, head_bytes=7), fp8="all", say=said.append
     )
     layer = model.model.layers[0].__dict__["_deltaw_fused"]
+    monkeypatch.setattr(plan_module, "rates", lambda device, dtype: (1.0, 1e30))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000_000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2_500_000, 9_000_000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1_500_000)
@@ -773,6 +789,46 @@ def test_plans_by_the_card_s_memory(monkeypatch):
     assert layer.fusion.store.narrow is None, "what a longer batch has no room for does not come back"
 
 
+def test_products_wait_in_host_memory_rather_than_be_made_again(monkeypatch):
+    model = model_of("llama", "lora", torch.float32, num_hidden_layers=8, four_bits=True)
+    install_blocks(model)
+    layer = model.model.layers[0].__dict__["_deltaw_fused"]
+    tokens = 1000
+    x = SimpleNamespace(is_cuda=True, device="cuda", shape=(1, tokens, 32), numel=lambda: tokens * 32)
+    layer_flops = 2 * tokens * sum(rows * columns for rows, columns in layer.shapes.values())
+    rate = {"bytes": layer.products_bytes(tokens) / 1.9, "flops": layer_flops}
+    monkeypatch.setattr(plan_module, "rates", lambda device, dtype: (rate["bytes"], rate["flops"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    # A copy takes as long as 1.9 layers; the last layer's would not be worth it.
+    assert layer.spots(tokens, "cuda") == range(0, 7, 2)
+    products, each = layer.products_bytes(tokens), layer.bytes_of("all", tokens)
+    assert each - layer.bytes_of("host-products", tokens) == products
+
+    def planned_for(room_bytes, **free):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free.get("host", 1 << 40)))
+        working = layer.working_bytes(tokens, again=False)
+        layer.fusion.room = Room(budget_bytes=int((room_bytes + working) / 0.99) + 1, holds=True)
+        layer.fusion.plans, layer.fusion.held_layers, layer.fusion.bridged = {}, 9, 9
+        layer.fusion.of(layer, x)
+        plan = layer.fusion.plans[tokens]
+        away = "host-products" in plan
+        assert sum(layer.bytes_of(keep, tokens) for keep in plan) + away * products <= room_bytes
+        return plan
+
+    # All fit: what is left over is for norms and then for weights; nothing goes away.
+    assert planned_for(8 * each) == ["all"] * 8 and layer.fusion.held_layers == 0 and layer.fusion.bridged == 7
+    assert planned_for(8 * layer.bytes_of("values", tokens) + 2 * layer.held_bytes) == ["values"] * 8
+    assert layer.fusion.held_layers == 2 and layer.fusion.store.bridges == range(6)
+    # As few go as have to, the last ones; one more than would do, as one is always on its way.
+    assert planned_for(8 * each - products) == ["all"] * 4 + ["host-products", "all"] * 2
+    assert planned_for(8 * each - 3 * products) == ["host-products", "all"] * 4
+    assert planned_for(8 * each - 4 * products) == ["input", "all"] + ["host-products", "all"] * 3
+    # Not without host memory, nor over a slow bus.
+    assert "host-products" not in planned_for(8 * each - 3 * products, host=1000)
+    rate["bytes"] = products / 100
+    assert "host-products" not in planned_for(8 * each - 3 * products) and len(layer.spots(tokens, "cuda")) == 1
+
+
 def test_decoded_weights_stay_where_there_is_room():
     model, batch = model_of("llama", "lora", torch.float32, four_bits=True), batch_of()
     wanted = gradients(model, batch)
@@ -806,3 +862,49 @@ def test_decoded_weights_stay_where_there_is_room():
     assert_like(changed, gradients(model, batch), CLOSE)
     fusion.store.hold(1, 3, narrow=False)
     assert {index for index, _ in fusion.store.decoded} == {2}
+
+
+@pytest.mark.parametrize("keep", ["all", "input"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_weights_decoded_for_a_backward_pass_stay_for_the_next_forward_pass(method, keep, monkeypatch):
+    model, batch = model_of("llama", method, torch.float32, four_bits=True), batch_of()
+    wanted = gradients(model, batch)
+    decoded, decode = [], group.dequantize_all
+    monkeypatch.setattr(group, "dequantize_all", lambda packed, out: decoded.append(len(packed)) or decode(packed, out))
+    install_blocks(model, keep=keep)
+    store = model.model.layers[0].__dict__["_deltaw_fused"].fusion.store
+    counts = []
+    for bridged in (0, 2, 2):
+        store.hold(1, 3, narrow=False, bridged=bridged)
+        decoded.clear()
+        assert_like(gradients(model, batch), wanted, CLOSE)
+        counts.append(len(decoded))
+        assert {index for index, _ in store.bridged} == set(range(bridged))
+    # The layer that is held was decoded the first time. Then four groups of two layers are there already, but for the
+    # first one of all, which had no gradient to hand on.
+    assert counts[0] - counts[1] == 4 and counts[1] - counts[2] == 7
+    assert store.held_bytes == sum(
+        t.untyped_storage().nbytes() for kept in (store.decoded, store.bridged) for t, _ in kept.values()
+    )
+    # After a forward pass they are gone, as they are for who evaluates.
+    hidden = model.model(**batch).last_hidden_state
+    assert not store.bridged
+    hidden.sum().backward()
+    model.zero_grad()
+    assert len(store.bridged) == 7
+    with torch.no_grad():
+        model.model(**batch)
+    assert not store.bridged
+    # Other weights and other factors are seen.
+    gradients(model, batch)
+    with torch.no_grad():
+        layer = model.model.layers[1]
+        layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    changed = gradients(model, batch)
+    store.hold(1, 3, narrow=False)
+    assert not store.bridged
+    uninstall_blocks(model)
+    assert_like(changed, gradients(model, batch), CLOSE)
