@@ -97,7 +97,7 @@ class Fusion:
         return self._where(self.plans[tokens][layer.index], layer, x, masked)
 
     def _best(self, layer: Layer, tokens: int, again: int, along: int, device: torch.device) -> _Plan:
-        """What layers keep, and of how many decoded weights stay, and of how many until the next pass.
+        """A plan with the most saved.
 
         With host memory for products that would be made again: what copies cost is a tenth of that, but no less than
         what decoded weights save.
@@ -128,9 +128,9 @@ class Fusion:
             held = self.layers if holds and self.layers <= min(self.held_layers, left // each) else 0
             return upgrade(plan, left - held * each, cost), held, 0
         # Norms save more for their bytes than decoded weights, of which half of what they save needs no room.
-        left += sum(map(cost, plan))
-        plan = upgrade(plan, left - sum(map(cost, plan)), cost)
-        left -= sum(map(cost, plan))
+        before = sum(map(cost, plan))
+        plan = upgrade(plan, left, cost)
+        left -= sum(map(cost, plan)) - before
         if not holds:
             return plan, 0, 0
         held = max(0, min(self.held_layers, left // each, self.layers))

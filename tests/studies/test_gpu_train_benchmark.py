@@ -198,7 +198,7 @@ def test_what_layers_keep_is_what_fused_layers_say(benchmark):
 
     from deltaw.fuse import keep as keeps
 
-    assert [*KEEPS, "host", "host-attention"] == [*keeps.KEEPS]
+    assert [*KEEPS] == [keep for keep in keeps.KEEPS if not keep.startswith("host")]
     for shape in benchmark.SHAPES.values():
         normed = shape.family == "qwen3"
         sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "itemsize": 2}
