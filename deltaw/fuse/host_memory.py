@@ -1,8 +1,8 @@
 """Tensors of layers in host memory between the forward and the backward pass, moved beside the computation.
 
 A layer's products take the card for longer than a copy of its input takes the bus, so on a stream of its own that costs
-next to nothing (a bus that is busy throughout does cost, see `docs/performance.md`); on the way back the copy of the next one that will be asked for is under way while the present
-one is used. Buffers are pinned once and used again.
+next to nothing (a bus that is busy throughout does cost, see `docs/performance.md`); on the way back the copy of the
+next one that will be asked for is under way while the present one is used. Buffers are pinned once and used again.
 
 Device memory is always that of the stream that computes, which waits for a copy before what was copied is let go, some
 tensors later. So it can be used again at once, however far the host is ahead of the device; memory recorded for another
