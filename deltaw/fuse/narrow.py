@@ -62,6 +62,8 @@ def narrowed(
 
 def _with_zeros(q: Tensor, room: int) -> Tensor:
     """Codes and the room behind their rows."""
+    if not room:
+        return q
     wide = q.as_strided((len(q), q.shape[1] + room), q.stride())
     wide[:, q.shape[1] :].view(torch.uint8).zero_()
     return wide

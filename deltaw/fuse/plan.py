@@ -17,7 +17,7 @@ from deltaw.core.protocols import packed_of
 from deltaw.fuse.call import Norm, Passed
 from deltaw.fuse.group import Store
 from deltaw.fuse.host_memory import HostMemory, rates
-from deltaw.fuse.keep import Keep, Room, bridges, kept_bytes, planned, told, upgrade
+from deltaw.fuse.keep import KEEPS, Keep, Room, bridges, kept_bytes, planned, told, upgrade
 from deltaw.kernels.memory import ROW_BYTES
 
 PROJECTIONS = {
@@ -99,25 +99,30 @@ class Fusion:
     def _best(self, layer: Layer, tokens: int, again: int, along: int, device: torch.device) -> _Plan:
         """A plan with the most saved.
 
-        With host memory for products that would be made again: what copies cost is a tenth of that, but no less than
-        what decoded weights save.
+        With host memory for products that would be made again; copies cost too much to save less than that.
         """
-        best = self._plan(layer, tokens, again, along, ())
+        cost = {keep: layer.bytes_of(keep, tokens) for keep in KEEPS}.__getitem__
+        best = self._plan(layer, tokens, cost, again, along, ())
         if "host" in best[0] or _wide(best[0]) == self.layers:
             return best
         spots = layer.spots(tokens, device)
         # The products of one layer are on the card beside what is counted, leaving or back early.
         again, along = (left - layer.products_bytes(tokens) for left in (again, along))
         for count in range(1, len(spots) + 1):
-            best = max(best, self._plan(layer, tokens, again, along, spots[-count:]), key=_saved)
+            best = max(best, self._plan(layer, tokens, cost, again, along, spots[-count:]), key=_saved)
             if _wide(best[0]) == self.layers:
                 break
         return best
 
-    def _plan(self, layer: Layer, tokens: int, again: int, along: int, away: Container[int]) -> _Plan:
-        def cost(keep: Keep) -> int:
-            return layer.bytes_of(keep, tokens)
-
+    def _plan(
+        self,
+        layer: Layer,
+        tokens: int,
+        cost: Callable[[Keep], int],
+        again: int,
+        along: int,
+        away: Container[int],
+    ) -> _Plan:
         for moved in (0, layer.moved_bytes(tokens)):
             plan, left = planned(self.layers, again - moved, along - moved, cost, away)
             if "host" not in plan:

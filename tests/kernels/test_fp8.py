@@ -79,7 +79,7 @@ def assert_same(got, wanted):
     """Bits of 8-bit floats and of float32, a NaN being as good as another."""
     assert len(got) == len(wanted)
     for a, b in zip(got, wanted, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape and a.stride(-1) == 1
+        assert a.dtype == b.dtype and a.shape == b.shape and a.is_contiguous()
         a, b = a.float(), b.float()
         assert torch.equal(a.isnan(), b.isnan())
         assert torch.equal(a.nan_to_num(0.0).view(torch.int32), b.nan_to_num(0.0).view(torch.int32))
