@@ -75,8 +75,7 @@ SHAPES = {
 
 #: What a layer keeps for the backward pass (`deltaw.fuse.keep.KEEPS`); what it does not keep is computed again.
 KEEPS = {
-    "values": "everything that the backward pass reads",
-    "all": "all but norms",
+    "all": "everything that the backward pass reads",
     "attention": "no more than attention's tensors; the MLP again",
     "input": "its input; everything again",
 }
@@ -105,7 +104,7 @@ def step_parts(shape: Shape, batch: int, length: int, *, keep: str, base: str) -
     last projection is never computed again.
     """
     tokens, layers, weights = batch * length, shape.layers, shape.layer_parameters
-    again = {"values": [], "all": [], "attention": shape.groups[2:3], "input": shape.groups[:3]}[keep]
+    again = {"all": [], "attention": shape.groups[2:3], "input": shape.groups[:3]}[keep]
     q, kv, d, inner = shape.groups[1][0], shape.kv_heads * shape.head_dim, shape.width, shape.inner
 
     def gemms(groups: list[tuple[int, int, int]]) -> tuple[float, float]:
@@ -134,8 +133,8 @@ def step_parts(shape: Shape, batch: int, length: int, *, keep: str, base: str) -
     columns = sum(i for i, _, _ in shape.groups) + sum(i + o for i, o, _ in (qkv, out)) + gate_up[0] + down[1]
     parts.append(Part("low-rank", 3 * flops, WIDE * layers * tokens * columns))
     # Forward: norm (2), sum and norm (4), sum (3). Backward: twice (gradient, input, residual's gradient, result).
-    # Again: both norms, and with `input` the sum before the second.
-    norms = 17 + {"values": 0, "all": 4, "attention": 4, "input": 6}[keep]
+    # Again: both norms, and the sum before the second.
+    norms = 17 + (6 if keep == "input" else 0)
     parts.append(Part("norms and residuals", 0, WIDE * layers * tokens * d * norms))
     parts.append(Part("rotary", 0, WIDE * layers * tokens * (q + kv) * 2 * (3 if keep == "input" else 2)))
     parts.append(Part("SwiGLU", 0, WIDE * layers * tokens * inner * 8))
@@ -156,7 +155,6 @@ def kept_bytes(shape: Shape, tokens: int, keep: str) -> float:
         # Queries and keys before their norms too.
         numbers["attention"] += q + kv
     numbers["all"] = numbers["attention"] + 2 * inner
-    numbers["values"] = numbers["all"] + 2 * d
     return WIDE * shape.layers * tokens * numbers[keep]
 
 
@@ -170,7 +168,7 @@ def weight_bytes(shape: Shape, base: str) -> float:
 
 def useful_flops(shape: Shape, batch: int, length: int) -> float:
     """Of a step that computes nothing again."""
-    return sum(part.flops for part in step_parts(shape, batch, length, keep="values", base="bfloat16"))
+    return sum(part.flops for part in step_parts(shape, batch, length, keep="all", base="bfloat16"))
 
 
 def roofline(name: str, batch: int, length: int, *, keep: str, base: str, tflops: float, tbps: float) -> str:

@@ -376,6 +376,9 @@ def worker(name: str, args: argparse.Namespace) -> dict:
         # Unsloth wants to be imported before all that it rewrites.
         if name.startswith("unsloth"):
             importlib.import_module("unsloth")
+        if OWN_ROW.fullmatch(name):
+            # As the `deltaw` command does.
+            importlib.import_module("deltaw.core.allocator").use_expandable_segments()
         return (own_row if OWN_ROW.fullmatch(name) else peer_row)(name, args)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":

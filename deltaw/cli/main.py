@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from deltaw import __version__
 from deltaw.cli.errors import explain
 from deltaw.cli.pages import CONTEXT, EPILOG, page
+from deltaw.core.allocator import use_expandable_segments
 from deltaw.core.errors import EXIT_DONE, unknown_name
 
 #: Commands and what the overview says of them; `deltaw.cli.<name>` has the command itself.
@@ -174,6 +175,7 @@ def run() -> None:
     if "--debug" not in sys.argv:
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
+    use_expandable_segments()
     code = main()
     # A second Ctrl-C while the interpreter closes down would print a traceback after the one line.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -7,16 +7,16 @@ The layer (Llama's, Mistral's, Qwen's, Gemma's first), x0 (batch, seq, d) its in
     n2 = norm(x1)    act = f(gate(n2)) up(n2)           x2 = x1 + down(act)
 
 Autograd over the layer's own modules keeps every one of these tensors, some twice. Here the backward pass is written
-out: act is always made again (within a pass that is needed anyway), norms and products with weights where `keep` says
-so.
+out: act is always made again (within a pass that is needed anyway), products with weights where `keep` says so.
+Of a norm its output stays, which the linears' gradients read, and its gradient reads it too in the place of its input;
+where its weight has zeros the input stays, and the norm is made again.
 Buffers are written over once their values are done with: dgate over gate, dup over up, act over its own gradient.
 
 | keep | kept for M tokens beside the low-rank h's | made again |
 |---|---|---|
-| "values" | x0, n1, q, k, v, a, x1, n2, gate, up | |
-| "all" | x0, q, k, v, a, x1, gate, up | norms |
-| "attention" | x0, q, k, v, a, x1 | norms, gate, up |
-| "host-products" | x0, q, k, v, a, x1, and gate, up in host memory | norms |
+| "all" | n1, q, k, v, a, n2, gate, up | |
+| "attention" | n1, q, k, v, a, n2 | gate, up |
+| "host-products" | n1, q, k, v, a, n2, and gate, up in host memory | |
 | "input" | x0 | all but the last product, which nothing asks for |
 | "host" | x0 in host memory | the same |
 | "host-attention" | x0, and what attention's graph keeps but for q, k and v, in host memory | the same but attention |
@@ -96,22 +96,21 @@ class _State:
         call, x0 = self.call, self.x0
         assert x0 is not None
         keep = call.keep
-        norms, products, attentions = (self.wanted and keep in KEEPS[:count] for count in (1, 2, 4))
+        attentions = self.wanted and keep in KEEPS[:3]
         away = Away(call.host) if self.wanted and keep == "host-attention" and call.host is not None else None
-        attention = self._attention(x0, graph=attentions, norm=norms, away=away)
+        attention = self._attention(x0, graph=attentions, away=away)
         x1, zo, n2 = self._after_attention(x0, attention["a"])
         if attentions:
-            self.kept |= attention | {"x1": x1, "zo": zo}
+            self.kept |= attention | {"n2": self._readable(1, x1, n2), "zo": zo}
+            self.x0 = None
         if away is not None:
             self.kept |= {"away": away, "graph": attention["graph"], "edges": attention["edges"]}
             away.keep(attention["a"])
         del attention
-        z = self._gate_up(n2[0])
-        if norms:
-            self.kept["n2"] = n2
+        z = self._gate_up(n2[0], kept=attentions and call.norms[1].invertible)
         del n2
         act, self.h[DOWN] = self._act_and_h(z)
-        if products:
+        if self.wanted and keep == "all":
             self.kept["z"] = z
         elif self.wanted and keep == "host-products" and call.host is not None:
             # One at a time: they are large, and the next one is some layers away.
@@ -153,9 +152,13 @@ class _State:
         _, rstd = rms_norm(x, norm.weight, eps=norm.eps, style=norm.style, out=out[:, : x.shape[1]])
         return out, rstd
 
-    def _attention(self, x0: Tensor, *, graph: bool, norm: bool = False, away: Away | None = None) -> dict[str, Any]:
+    def _readable(self, which: int, x: Tensor, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the backward pass through a norm reads, norm(x) (M, d + room) or x itself, and the reciprocal norms."""
+        return made if self.call.norms[which].invertible else (x, made[1])
+
+    def _attention(self, x0: Tensor, *, graph: bool, away: Away | None = None) -> dict[str, Any]:
         """Q, k, v as attention sees them and a (M, heads head_dim); with a graph from one to the other where wanted."""
-        (q, k, v), found = self._queries(x0, norm=norm)
+        (q, k, v), found = self._queries(x0, wanted=graph)
         if away is not None:
             return found | away.attend(self.call.attend, q, k, v)
         leaves = [t.requires_grad_(graph) for t in (q, k, v)]
@@ -164,17 +167,17 @@ class _State:
         a = out.detach().reshape(len(x0), -1)
         return found | {"edges": leaves, "graph": get_gradient_edge(out) if graph else None, "a": a}
 
-    def _queries(self, x0: Tensor, *, norm: bool) -> tuple[list[Tensor], dict[str, Any]]:
-        """Q, k, v (batch, seq, heads, head_dim) as attention sees them, and what else is to be kept with them."""
+    def _queries(self, x0: Tensor, *, wanted: bool) -> tuple[list[Tensor], dict[str, Any]]:
+        """Q, k, v (batch, seq, heads, head_dim) as attention sees them, and what else is kept where that is wanted."""
         call = self.call
         n1 = self._passed() or self._normed(0, x0, self.qkv)
         if QKV not in self.h:
-            self.h[QKV] = self.qkv.project(n1[0])
+            self.h[QKV] = self.qkv.project(n1[0], inside=wanted and call.norms[0].invertible)
         y = self.qkv.finish(self.qkv.outputs(n1[0], self.h[QKV]))
         qk, v = self._heads(y)
         heads = self.qkv.widths[0] // call.head_dim
         q, k = qk[:, :, :heads], qk[:, :, heads:]
-        found: dict[str, Any] = {"y": y, "n1": n1} if norm else {"y": y}
+        found: dict[str, Any] = {"y": y, "n1": self._readable(0, x0, n1)} if wanted else {"y": y}
         del n1
         if call.head_norms is not None:
             (q, rq), (k, rk) = (
@@ -241,10 +244,10 @@ class _State:
         z = group.outputs(x, h, ready=ready)
         return scaled_add(residual, z, group.c, group.bias), z
 
-    def _gate_up(self, n2: Tensor) -> Tensor:
-        """The real gate and up side by side, or their z where the gated kernels take those and c."""
+    def _gate_up(self, n2: Tensor, *, kept: bool = False) -> Tensor:
+        """The real gate and up side by side, or their z where the gated kernels take those and c; `kept`: n2 is."""
         if GATE_UP not in self.h:
-            self.h[GATE_UP] = self.gate_up.project(n2)
+            self.h[GATE_UP] = self.gate_up.project(n2, inside=kept)
         z = self.gate_up.outputs(n2, self.h[GATE_UP], spare=self.gate_up.spare, lean=self._lean)
         return z if self._factors() is not None else self.gate_up.finish(z)
 
@@ -345,20 +348,23 @@ class _State:
             if away is None:
                 self.kept |= self._attention(self.x0, graph=True)
             else:
-                away.begins, found = self._queries(self.x0, norm=False)
+                away.begins, found = self._queries(self.x0, wanted=True)
                 self.kept |= found | {"a": away.output()}
-            self.kept["x1"], self.kept["zo"], self.kept["n2"] = self._after_attention(self.x0, self.kept["a"])
+            x1, self.kept["zo"], n2 = self._after_attention(self.x0, self.kept["a"])
+            self.kept["n2"] = self._readable(1, x1, n2)
+            self.x0 = None
 
     def _mlp_backward(self, g: Tensor) -> Tensor:
         """Dx1 (M, d) with room for o's low-rank part."""
         call, d = self.call, self.shape[-1]
-        x1: Tensor = self.kept.pop("x1")
         z = self.kept.pop("z", None)
         if isinstance(z, tuple):
             held, columns, stride = z
             assert call.host is not None
             z = call.host.take(held).view(-1, stride)[:, :columns]
-        n2, rstd = self.kept.pop("n2", None) or self._normed(1, x1, self.gate_up if z is None else None)
+        readable, rstd = self.kept.pop("n2")
+        norm = call.norms[1]
+        n2 = readable if norm.invertible else self._normed(1, readable, self.gate_up if z is None else None)[0]
         if z is None:
             z = self._gate_up(n2)
         zd = self.kept.pop("zd", None)
@@ -376,9 +382,7 @@ class _State:
         for name, pair, one in zip(("gate", "up"), pairs, dcs, strict=True):
             self.found[name] = (*pair, one)
         assert dn2 is not None
-        norm, out = call.norms[1], _wide(x1, d, self.o.spare)
-        rms_norm_backward(dn2, x1, norm.weight, rstd, style=norm.style, add=g[:, :d], out=out[:, :d])
-        return out
+        return self._through(1, dn2, readable, rstd, g, self.o)
 
     def _gated_backward(
         self, dact: Tensor, z: Tensor
@@ -416,8 +420,7 @@ class _State:
 
     def _attention_backward(self, dx1: Tensor, *, need_x: bool) -> Tensor | None:
         """Dx0 (M, d) with room for the down projection before it."""
-        call, x0, d = self.call, self.x0, self.shape[-1]
-        assert x0 is not None
+        call = self.call
         a = self.kept.pop("a")
         gz, dc = self._scaled(self.o, dx1, self.kept.pop("zo"))
         da, pairs = self.o.backward(gz, a, self.h[OUT])
@@ -432,15 +435,23 @@ class _State:
         g = _wide(y, self.qkv.rows, self.qkv.spare)
         dcs = self._unrotated(grads, y, g[:, : self.qkv.rows])
         del grads, y
-        n1, rstd = self.kept.pop("n1", None) or self._normed(0, x0, None)
-        dn1, pairs = self.qkv.backward(g, n1[:, :d], self.h[QKV], need_x=need_x)
+        readable, rstd = self.kept.pop("n1")
+        n1 = readable if call.norms[0].invertible else self._normed(0, readable, None)[0]
+        dn1, pairs = self.qkv.backward(g, n1[:, : self.shape[-1]], self.h[QKV], need_x=need_x)
         for name, pair, one in zip("qkv", pairs, dcs, strict=True):
             self.found[name] = (*pair, one)
-        self.x0 = None
-        if dn1 is None:
-            return None
-        norm, out = call.norms[0], _wide(x0, d, self.down.spare)
-        rms_norm_backward(dn1, x0, norm.weight, rstd, style=norm.style, add=dx1[:, :d], out=out[:, :d])
+        return None if dn1 is None else self._through(0, dn1, readable, rstd, dx1, self.down)
+
+    def _through(
+        self, which: int, grad: Tensor, readable: Tensor, rstd: Tensor, residual: Tensor, before: Group
+    ) -> Tensor:
+        """The gradient of a norm's input and of the residual beside it, (M, d) with room for the group before it."""
+        norm, d = self.call.norms[which], self.shape[-1]
+        out = _wide(grad, d, before.spare)
+        rms_norm_backward(
+            grad, readable[:, :d], norm.weight, rstd, style=norm.style, normed=norm.invertible, add=residual[:, :d],
+            out=out[:, :d],
+        )  # fmt: skip
         return out
 
     def _unrotated(self, grads: Any, y: Tensor, out: Tensor) -> list[Tensor | None]:

@@ -18,11 +18,12 @@ from deltaw.fuse.linears import Fused
 
 @dataclass(frozen=True)
 class Norm:
-    """A frozen RMS norm: its module, its epsilon, and how its weight (d,) meets the values."""
+    """A frozen RMS norm: its module, its epsilon, how its weight (d,) meets the values, whether it can be undone."""
 
     module: Any
     eps: float
     style: Any
+    invertible: bool
 
     @property
     def weight(self) -> Tensor:

@@ -29,7 +29,7 @@ from deltaw.fuse.keep import Keep, Room
 from deltaw.fuse.linears import fused_linear, hooked
 from deltaw.fuse.plan import PROJECTIONS, Fusion, Layer
 from deltaw.kernels.gated import gated_torch
-from deltaw.kernels.norm import rms_norm_torch
+from deltaw.kernels.norm import invertible, rms_norm_torch
 from deltaw.methods.host import book_of
 
 _STATE = "_deltaw_fused"
@@ -253,7 +253,7 @@ def _norm(module: Any) -> Norm | None:
         for style in ("llama", "gemma"):
             y, _ = rms_norm_torch(x, weight.detach(), eps=eps, style=style)  # type: ignore[arg-type]
             if _close(y, wanted):
-                return Norm(module, eps, style)
+                return Norm(module, eps, style, invertible(weight, style))  # type: ignore[arg-type]
     return None
 
 

@@ -298,9 +298,13 @@ class Group:
 
     # Forward.
 
-    def project(self, x: Tensor) -> Tensor | None:
-        """H of all linears, side by side: (M, P)."""
-        return project(x[:, : self.columns], self.thin.A) if self.P else None
+    def project(self, x: Tensor, *, inside: bool = False) -> Tensor | None:
+        """H of all linears, side by side: (M, P); `inside`: where x has columns to spare, in those."""
+        if not self.P:
+            return None
+        if inside and x.shape[1] == self.columns + self.P:
+            return torch.mm(x[:, : self.columns], self.thin.A.t(), out=x[:, self.columns :])
+        return project(x[:, : self.columns], self.thin.A)
 
     def outputs(
         self,
@@ -334,8 +338,9 @@ class Group:
         elif h is not None and x.shape[1] == self.columns + self.P:
             whole, B = self._weight(B=True), None
             assert whole is not None
-            if not ready:
-                x[:, self.columns :].copy_(h)
+            room = x[:, self.columns :]
+            if not ready and room.data_ptr() != h.data_ptr():
+                room.copy_(h)
             z = torch.mm(x, whole.t(), out=self._empty(x, spare))
         elif h is not None and B is not None and onto is None:
             z = torch.mm(h, B.t(), out=self._empty(x, spare))

@@ -18,8 +18,8 @@ import torch
 from deltaw.kernels.linear_cross_entropy import CHUNK_BYTES_CUDA
 
 #: See `block.py`.
-Keep = Literal["values", "all", "attention", "host-products", "input", "host", "host-attention"]
-KEEPS: tuple[Keep, ...] = ("values", "all", "attention", "host-products", "input", "host", "host-attention")
+Keep = Literal["all", "attention", "host-products", "input", "host", "host-attention"]
+KEEPS: tuple[Keep, ...] = ("all", "attention", "host-products", "input", "host", "host-attention")
 #: Of the card's memory, what allocators lose to gaps; and of a budget, what nobody counted.
 SLACK, BUDGET_SLACK = 0.02, 0.01
 #: What the loss takes: a chunk of logits, which becomes its gradient in place, and hidden states.
@@ -107,15 +107,6 @@ def planned(
     return plan, left(plan)
 
 
-def upgrade(chosen: Sequence[Keep], left_bytes: int, cost: Callable[[Keep], int]) -> list[Keep]:
-    """The same with norms kept too, from the last layer on, as far as what is left goes; they save the least."""
-    count = left_bytes // max(1, cost("values") - cost("all"))
-    found = list(chosen)
-    for index in [index for index in reversed(range(len(found))) if found[index] == "all"][:count]:
-        found[index] = "values"
-    return found
-
-
 def bridges(kept: Sequence[int], held_bytes: int, room_bytes: int) -> int:
     """Of how many layers, from the first, decoded weights may stay from a backward pass to the next forward pass.
 
@@ -136,7 +127,7 @@ def bridges(kept: Sequence[int], held_bytes: int, room_bytes: int) -> int:
 def told(chosen: Sequence[Keep]) -> str:
     """A plan in words."""
     words = {
-        "values": "keep all", "all": "make norms again", "host-products": "keep gate and up on the host",
+        "all": "keep all", "host-products": "keep gate and up on the host",
         "attention": "make the MLP again", "input": "keep their input", "host": "keep it on the host",
         "host-attention": "keep it and what attention made on the host",
     }  # fmt: skip
@@ -165,10 +156,9 @@ def kept_bytes(
         head_norms: whether queries and keys are kept unnormed too.
     """
     columns = width if keep == "input" else 0
-    if keep in KEEPS[:4]:
+    if keep in KEEPS[:3]:
         columns = 2 * width + 2 * (heads + kv_heads) * head_dim
         columns += 2 * width if scaled else 0
         columns += (heads + kv_heads) * head_dim if head_norms else 0
-        columns += 2 * inner if keep in KEEPS[:2] else 0
-        columns += 2 * width if keep == "values" else 0
+        columns += 2 * inner if keep == "all" else 0
     return columns * tokens * itemsize

@@ -17,7 +17,7 @@ from deltaw.core.protocols import packed_of
 from deltaw.fuse.call import Norm, Passed
 from deltaw.fuse.group import Store
 from deltaw.fuse.host_memory import HostMemory, rates
-from deltaw.fuse.keep import KEEPS, Keep, Room, bridges, kept_bytes, planned, told, upgrade
+from deltaw.fuse.keep import KEEPS, Keep, Room, bridges, kept_bytes, planned, told
 from deltaw.kernels.memory import ROW_BYTES
 
 PROJECTIONS = {
@@ -75,7 +75,7 @@ class Fusion:
         if self.keep is not None:
             return self.keep
         if not x.is_cuda:
-            return "values"
+            return "all"
         tokens = x.numel() // x.shape[-1]
         if tokens not in self.plans:
             # As if nothing were held: what is kept saves more for its bytes.
@@ -129,13 +129,8 @@ class Fusion:
                 break
         holds, each = self.room.holds and layer.decodes, layer.held_bytes
         if self.fp8:
-            # 8-bit weights stay of all layers or of none, and save more than norms.
-            held = self.layers if holds and self.layers <= min(self.held_layers, left // each) else 0
-            return upgrade(plan, left - held * each, cost), held, 0
-        # Norms save more for their bytes than decoded weights, of which half of what they save needs no room.
-        before = sum(map(cost, plan))
-        plan = upgrade(plan, left, cost)
-        left -= sum(map(cost, plan)) - before
+            # 8-bit weights stay of all layers or of none.
+            return plan, self.layers if holds and self.layers <= min(self.held_layers, left // each) else 0, 0
         if not holds:
             return plan, 0, 0
         held = max(0, min(self.held_layers, left // each, self.layers))
@@ -257,12 +252,12 @@ class Layer:
 def _saved(plan: _Plan) -> tuple[int, ...]:
     """By which plans are compared: what is not made again, from the dearest on."""
     keeps, held, bridged = plan
-    return _wide(keeps), keeps.count("attention"), keeps.count("values"), held, bridged
+    return _wide(keeps), keeps.count("attention"), held, bridged
 
 
 def _wide(plan: Sequence[Keep]) -> int:
     """Layers that keep their wide products somewhere."""
-    return sum(keep in ("values", "all", "host-products") for keep in plan)
+    return sum(keep in ("all", "host-products") for keep in plan)
 
 
 def _host_bytes() -> int:

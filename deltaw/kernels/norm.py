@@ -7,6 +7,8 @@ Symbols, M rows: x (M, d), weight (d,), v = weight ("llama") or 1 + weight ("gem
     rstd = 1 / sqrt(mean(x^2) + eps)        h = x rstd        y = v h
     u = v g                                 dx = rstd (u - h mean(u h))
 
+Where v has no zeros the gradient may take h from the output, as y / v, so that x need not be kept beside y.
+
 Arithmetic is float32 (float64 for float64 inputs), rounded once to the output's dtype, but for what transformers'
 LlamaRMSNorm rounds beside: "llama" rounds h to x's dtype before the product with the weight; Gemma's norm does not.
 The gradient takes that rounding for the identity, as autograd does. The weight is frozen.
@@ -31,6 +33,8 @@ from deltaw.core.errors import InputError
 #: How the weight meets the normalised values.
 Style = Literal["llama", "gemma"]
 
+#: v that can be divided by, in the smallest normal numbers of its dtype: values of h from 1/1024 on stay normal in y.
+_LEAST = 1024.0
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -162,6 +166,7 @@ def rms_norm_backward(
     rstd: Tensor,
     *,
     style: Style = "llama",
+    normed: bool = False,
     add: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -169,10 +174,11 @@ def rms_norm_backward(
 
     Args:
         g: (M, d), rows contiguous, any stride between them.
-        x: as g; the norm's input.
+        x: as g; the norm's input, or y in its place where `normed`.
         weight: (d,), any floating dtype.
         rstd: (M,), as the forward pass returned it.
         style: "llama" or "gemma".
+        normed: whether `x` is y, of a norm that can be undone (see `invertible`).
         add: as g, or None.
         out: storage for the result, like x; may be g, add or x. None makes it.
 
@@ -187,7 +193,7 @@ def rms_norm_backward(
     check_like("rstd", rstd, tuple(x.shape[:1]), x, dtype=False)
     kernels = triton_form(x, "norm_triton")
     form = rms_norm_backward_torch if kernels is None else kernels.rms_norm_backward
-    result: Tensor = form(g, x, weight, rstd, style=style, add=add, out=out)
+    result: Tensor = form(g, x, weight, rstd, style=style, normed=normed, add=add, out=out)
     return result
 
 
@@ -198,15 +204,28 @@ def rms_norm_backward_torch(
     rstd: Tensor,
     *,
     style: Style = "llama",
+    normed: bool = False,
     add: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """`rms_norm_backward` in torch on any device; leading dimensions may be any number."""
     wide = wide_dtype(x.dtype)
-    h = x.to(wide) * rstd.unsqueeze(-1)
-    u = g.to(wide) * _factors(weight, style, wide)
+    v = _factors(weight, style, wide)
+    h = x.to(wide) / v if normed else x.to(wide) * rstd.unsqueeze(-1)
+    u = g.to(wide) * v
     dx = u.sub_(h.mul_((u * h).mean(-1, keepdim=True))).mul_(rstd.unsqueeze(-1))
     return _stored(dx if add is None else dx.add_(add), x.dtype, out)
+
+
+def invertible(weight: Tensor, style: Style) -> bool:
+    """Whether h = y / v loses no more than y's rounding: no v is zero, or so small that y would be.
+
+    Args:
+        weight: (d,), of the dtype of y.
+        style: "llama" or "gemma".
+    """
+    v = _factors(weight.detach(), style, wide_dtype(weight.dtype))
+    return bool((v.abs() >= _LEAST * torch.finfo(weight.dtype).tiny).all())
 
 
 def _factors(weight: Tensor, style: Style, wide: torch.dtype) -> Tensor:

@@ -2,9 +2,9 @@
 
 Tensors of M x d values that pass through memory, and at M 8192, d 4096 in 16 bits (67 MB each) the time at 3.0 TB/s:
 
-    rms_norm             x -> y             2        45 us
-    add_rms_norm         x, y -> s, n       4        89 us
-    rms_norm_backward    g, x, add -> dx    4 (3)    89 us (67)
+    rms_norm             x -> y                  2        45 us
+    add_rms_norm         x, y -> s, n            4        89 us
+    rms_norm_backward    g, x or y, add -> dx    4 (3)    89 us (67)
 
 beside rstd (4 M bytes) and the weight, which stays in the caches. A program owns whole rows, so sums need no second
 launch and are the same every time. Rows of up to `WHOLE` columns lie in registers; longer ones are read twice, the
@@ -41,7 +41,7 @@ def _load(base, row, stride, column, mask):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _factors(weight, column, COLUMNS: tl.constexpr, GEMMA: tl.constexpr):  # type: ignore[no-untyped-def]
-    value = tl.load(weight + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
+    value = tl.load(weight + column, mask=column < COLUMNS, other=1.0).to(tl.float32)
     if GEMMA:
         value += 1.0
     return value
@@ -137,11 +137,18 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _slopes(  # type: ignore[no-untyped-def]
-    g, x, weight, scale, row, column, mask, g_row, x_row, COLUMNS: tl.constexpr, GEMMA: tl.constexpr
-):
+    g, x, weight, scale, row, column, mask, g_row, x_row,
+    COLUMNS: tl.constexpr, GEMMA: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
     """A tile of u and of h."""
-    u = _load(g, row, g_row, column, mask) * _factors(weight, column, COLUMNS, GEMMA)
-    return u, _load(x, row, x_row, column, mask) * scale[:, None]
+    factor = _factors(weight, column, COLUMNS, GEMMA)
+    u = _load(g, row, g_row, column, mask) * factor
+    h = _load(x, row, x_row, column, mask)
+    if NORMED:
+        h /= factor
+    else:
+        h *= scale[:, None]
+    return u, h
 
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
@@ -162,6 +169,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
     GEMMA: tl.constexpr,
+    NORMED: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = (place < rows)[:, None]
@@ -170,7 +178,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     scale = tl.load(rstd + place, mask=place < rows, other=0.0).to(tl.float32)
     if BLOCK >= COLUMNS:
         mask = live & (column < COLUMNS)
-        u, h = _slopes(g, x, weight, scale, row, column, mask, g_row, x_row, COLUMNS, GEMMA)
+        u, h = _slopes(g, x, weight, scale, row, column, mask, g_row, x_row, COLUMNS, GEMMA, NORMED)
         if ADD:
             # Before the sum, which all loads then wait for together.
             other = tl.load(add + row * add_row + column, mask=mask, other=0.0)
@@ -182,12 +190,12 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         products = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
         for start in range(0, COLUMNS, BLOCK):
             mask = live & (start + column < COLUMNS)
-            u, h = _slopes(g, x, weight, scale, row, start + column, mask, g_row, x_row, COLUMNS, GEMMA)
+            u, h = _slopes(g, x, weight, scale, row, start + column, mask, g_row, x_row, COLUMNS, GEMMA, NORMED)
             products += u * h
         mean = (tl.sum(products, axis=1) / COLUMNS)[:, None]
         for start in range(0, COLUMNS, BLOCK):
             mask = live & (start + column < COLUMNS)
-            u, h = _slopes(g, x, weight, scale, row, start + column, mask, g_row, x_row, COLUMNS, GEMMA)
+            u, h = _slopes(g, x, weight, scale, row, start + column, mask, g_row, x_row, COLUMNS, GEMMA, NORMED)
             dx = (u - h * mean) * scale[:, None]
             if ADD:
                 dx += _load(add, row, add_row, start + column, mask)
@@ -286,6 +294,7 @@ def rms_norm_backward(
     rstd: Tensor,
     *,
     style: Style = "llama",
+    normed: bool = False,
     add: Tensor | None = None,
     out: Tensor | None = None,
     tile: int = TILE,
@@ -312,6 +321,7 @@ def rms_norm_backward(
             dx.stride(0),
             ADD=add is not None,
             GEMMA=style == "gemma",
+            NORMED=normed,
             **constants,
         )
     return dx

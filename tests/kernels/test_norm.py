@@ -179,6 +179,34 @@ def test_gradient_is_autograds(form, dtype, shape, place, style):
     assert_rounded(dx, wanted)
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("place", [None, "x", "view"])
+@pytest.mark.parametrize("shape", SHAPES + LARGE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_by_what_the_norm_gave(form, dtype, shape, place, style):
+    layout = "view" if place else "plain"
+    x, g, add = (rows(name, shape, dtype, form.device, layout=layout) for name in ("x", "g", "add"))
+    weight = rows("weight", shape[1:], dtype, form.device).abs() + 0.1
+    _, rstd = form.rms_norm(x, weight, eps=EPS, style=style, out=x)
+    v = weight.double() + (style == "gemma")
+    u, h = v * g.double(), x.double() / v
+    wanted = rstd.double()[:, None] * (u - h * (u * h).mean(-1, keepdim=True)) + add.double()
+    out = {None: None, "x": x, "view": view_of(torch.full_like(x, float("nan")))}[place]
+    dx = form.rms_norm_backward(g, x, weight, rstd, style=style, normed=True, add=add, out=out)
+    if out is not None:
+        assert dx is out
+        assert_frame(out)
+    assert_rounded(dx, wanted)
+
+
+def test_which_norms_can_be_undone():
+    assert norm.invertible(torch.tensor([1.0, -0.3, 1e-30]), "llama")
+    assert not norm.invertible(torch.tensor([1.0, 0.0]), "llama")
+    assert norm.invertible(torch.tensor([1.0, 0.0]), "gemma") and not norm.invertible(torch.tensor([-1.0]), "gemma")
+    half = torch.tensor([1.0, 0.07], dtype=torch.float16)
+    assert norm.invertible(half, "llama") and not norm.invertible(half / 2, "llama")
+
+
 @pytest.mark.parametrize("form", [TRITON], indirect=True)
 @pytest.mark.parametrize("tile", [1, 128])
 def test_tiles_of_any_size_agree(form, tile):
