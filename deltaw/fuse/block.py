@@ -396,13 +396,14 @@ class _State:
             (h_gate, B_gate), (h_up, B_up) = self._thin_halves()
             rank = self.down.linears[0].rank
             A_down = self.down.thin.A[:rank] if self.down.lean else None
+            at = z.shape[1]
+            room = _whole(z, self.gate_up.spare)[:, at : at + B_gate.shape[1] + B_up.shape[1]]
             k_gate, k_up, dB_gate, dB_up, dA_down, *sums = gated_backward_low_rank(
                 dact, gate, up, B_gate=B_gate, B_up=B_up, h_gate=h_gate, h_up=h_up, k_down=self.down.k[:, :rank],
                 scale_gate=1.0, scale_up=1.0, activation=call.activation, factors=factors, adds=self._lean,
-                A_down=A_down,
+                A_down=A_down, sum_scales=(low_gate.scale, low_up.scale), room=room if self.gate_up.spare else None,
             )  # fmt: skip
-            dBs = [dB_gate.mul_(low_gate.scale), dB_up.mul_(low_up.scale)]
-            return dA_down, ([k_gate, k_up], dBs), [*sums] if sums else [None, None]
+            return dA_down, ([k_gate, k_up], [dB_gate, dB_up]), [*sums] if sums else [None, None]
         y = z.clone() if factors is None and self.gate_up.c is not None else None
         totals = gated_backward(dact, gate, up, activation=call.activation, factors=factors)
         dcs: list[Tensor | None] = [*totals] if totals else [None, None]

@@ -463,18 +463,21 @@ class Group:
         if known is not None:
             at = 0
             for one in known[0]:
-                k[:, at : at + one.shape[1]].copy_(one)
+                place = k[:, at : at + one.shape[1]]
+                if place.data_ptr() != one.data_ptr():
+                    place.copy_(one)
                 at += one.shape[1]
             if at < self.P:
                 k[:, at:].zero_()
             return [*known[1]]
         if len(self.linears) == 1:
-            made, total = project_and_sum(g, self.thin.B, h, scale=1.0)
-            k.copy_(made)
-        else:
-            # Reading g twice, but in two products for all linears.
-            torch.mm(g, self.thin.B, out=k)
-            total = outer_sum(g, h)
+            low = self.linears[0].low
+            assert low is not None
+            _, total = project_and_sum(g, self.thin.B, h, scale=1.0, sum_scale=low.scale, out=k)
+            return [total[:, : self.linears[0].rank]]
+        # Reading g twice, but in two products for all linears.
+        torch.mm(g, self.thin.B, out=k)
+        total = outer_sum(g, h)
         found: list[Tensor | None] = []
         at = row = 0
         for linear, width in zip(self.linears, self.widths, strict=True):

@@ -232,6 +232,8 @@ def gated_backward_low_rank(
     write_act: bool = False,
     adds: bool = False,
     A_down: Tensor | None = None,
+    sum_scales: tuple[float, float] | None = None,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """`gated_backward` and the low-rank gradients around it, with one read of g, gate and up on CUDA.
 
@@ -251,6 +253,9 @@ def gated_backward_low_rank(
         write_act: whether g becomes act.
         adds: gate and up lack scale_gate h_gate B_gate^T and scale_up h_up B_up^T, which are added first.
         A_down: (r, N), where g lacks k_down A_down, which is added first; None where g is whole.
+        sum_scales: of dB_gate and dB_up, where B_gate and B_up have theirs already; None: scale_gate and scale_up.
+        room: (M, r_gate + r_up) in g's dtype, rows contiguous, any stride between them: storage for k_gate and k_up
+            side by side. Shares no memory with the other tensors; None makes it.
 
     Returns:
         k_gate, k_up (M, r) in g's dtype, dB_gate, dB_up (N, r) and dA_down (r, N), float32 (float64 for float64); with
@@ -261,14 +266,17 @@ def gated_backward_low_rank(
     """
     _check(g, activation, factors, gate=gate, up=up)
     _check_low_rank(g, ("gate", B_gate, h_gate), ("up", B_up, h_up), k_down, A_down)
+    rank = B_gate.shape[1]
+    if room is not None:
+        _check_room(room, rank + B_up.shape[1], g)
     low_rank = {"B_gate": B_gate, "B_up": B_up, "h_gate": h_gate, "h_up": h_up, "k_down": k_down}
     scales = {"scale_gate": scale_gate, "scale_up": scale_up}
     kernels = triton_form(g, "gated_triton")
-    one_rank = B_gate.shape[1] == B_up.shape[1] == k_down.shape[1]
+    one_rank = rank == B_up.shape[1] == k_down.shape[1]
     if kernels is not None and one_rank and _fits(g, B_gate):
         made: tuple[Tensor, ...] = kernels.gated_backward_low_rank(
             g, gate, up, **low_rank, **scales, activation=activation, factors=factors, write_act=write_act, adds=adds,
-            A_down=A_down,
+            A_down=A_down, sum_scales=sum_scales, room=room,
         )  # fmt: skip
         return made
     B_gate, B_up, h_gate, h_up, k_down = (t.to(g.dtype) for t in low_rank.values())
@@ -284,8 +292,10 @@ def gated_backward_low_rank(
             if part is not None:
                 t.addmm_(part[0], part[1], alpha=part[2])
         sums = kernels.gated_backward(g, gate, up, activation=activation, factors=factors)
-    k_gate, dB_gate = project_and_sum(gate, B_gate, h_gate, scale=scale_gate)
-    k_up, dB_up = project_and_sum(up, B_up, h_up, scale=scale_up)
+    sum_gate, sum_up = sum_scales or (scale_gate, scale_up)
+    place_gate, place_up = (None, None) if room is None else (room[:, :rank], room[:, rank:])
+    k_gate, dB_gate = project_and_sum(gate, B_gate, h_gate, scale=scale_gate, sum_scale=sum_gate, out=place_gate)
+    k_up, dB_up = project_and_sum(up, B_up, h_up, scale=scale_up, sum_scale=sum_up, out=place_up)
     return k_gate, k_up, dB_gate, dB_up, outer_sum(k_down, g), *(sums or ())
 
 
@@ -365,15 +375,19 @@ def _check_strides(name: str, t: Tensor) -> None:
 
 
 def _check_projection(gate: Tensor, A: Tensor, room: Tensor | None) -> None:
-    rows, columns = gate.shape
+    columns = gate.shape[1]
     if A.dim() != 2 or A.shape[1] != columns or A.device != gate.device or not A.is_floating_point():
         raise InputError(
             f"A is {A.dtype} of shape {tuple(A.shape)} on {A.device}: expected floating values, (R, {columns}), on "
             f"{gate.device}"
         )
     if room is not None:
-        check_like("room", room, (rows, A.shape[0]), gate)
-        _check_strides("room", room)
+        _check_room(room, A.shape[0], gate)
+
+
+def _check_room(room: Tensor, columns: int, like: Tensor) -> None:
+    check_like("room", room, (len(like), columns), like)
+    _check_strides("room", room)
 
 
 def _check_low_rank(

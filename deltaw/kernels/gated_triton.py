@@ -35,6 +35,7 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found]
 from torch import Tensor
 
 from deltaw.kernels.gated import Activation, Factors, LowRank
+from deltaw.kernels.low_rank_triton import add_parts
 
 #: Rows and columns of a step, and warps, of the elementwise kernels.
 TILE = (4, 1024, 8)
@@ -196,7 +197,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 def _low_rank_kernel(  # type: ignore[no-untyped-def]
     g, gate, up, c_gate, c_up, B_gate, B_up, h_gate, h_up, k_down, A_down, k_sums, d_sums, c_sums,
     rows, columns, strip_rows, rank, g_row, gate_row, up_row, B_gate_row, B_up_row, h_gate_row, h_up_row, k_down_row,
-    A_down_row, scale_gate, scale_up,
+    A_down_row, scale_gate, scale_up, sum_gate, sum_up,
     ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, WRITE_ACT: tl.constexpr, ADDS: tl.constexpr, DOWN: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOT: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr,
@@ -230,7 +231,7 @@ def _low_rank_kernel(  # type: ignore[no-untyped-def]
     gate_B = _thin(B_gate, column, B_gate_row, thin, missing) if ADDS else 0.0
     up_B = _thin(B_up, column, B_up_row, thin, missing) if ADDS else 0.0
     down_A = tl.load(A_down + thin * A_down_row + column[None, :], mask=missing, other=0.0) if DOWN else 0.0
-    k_sums += (tile * 2 + slot) * rows * rank + direction
+    k_sums += tile * rows * 2 * rank + slot * rank + direction
     d_slot = tl.arange(0, THREE)[:, None] // SLOT
     d_direction = tl.arange(0, THREE)[:, None] % SLOT
     d = tl.zeros([THREE, COLUMNS], tl.float32)
@@ -275,9 +276,9 @@ def _low_rank_kernel(  # type: ignore[no-untyped-def]
         k_gate = tl.dot(B, tl.trans(dx), input_precision=PRECISION)
         k_up = tl.dot(B, tl.trans(du), input_precision=PRECISION)
         k = tl.where(slot == 0, scale_gate * k_gate, scale_up * k_up)
-        tl.store(k_sums + token * rank, k.to(k_sums.dtype.element_ty), mask=known & (token < rows))
+        tl.store(k_sums + token * 2 * rank, k.to(k_sums.dtype.element_ty), mask=known & (token < rows))
 
-    scale = tl.where(d_slot == 0, scale_gate, tl.where(d_slot == 1, scale_up, 1.0))
+    scale = tl.where(d_slot == 0, sum_gate, tl.where(d_slot == 1, sum_up, 1.0))
     # dB lie as (columns, rank), dA as (rank, columns).
     at = tl.where(d_slot < 2, column[None, :] * rank + d_direction, d_direction * columns + column[None, :])
     d_sums += (strip * 3 + d_slot) * columns * rank
@@ -382,6 +383,8 @@ def gated_backward_low_rank(
     write_act: bool = False,
     adds: bool = False,
     A_down: Tensor | None = None,
+    sum_scales: tuple[float, float] | None = None,
+    room: Tensor | None = None,
     tile: tuple[int, ...] | None = None,
     strips: int | None = None,
 ) -> tuple[Tensor, ...]:
@@ -401,7 +404,8 @@ def gated_backward_low_rank(
     strip = triton.cdiv(triton.cdiv(rows, strips), height) * height
     strips = triton.cdiv(rows, strip) if rows else 0
 
-    k_sums = g.new_empty(tiles, 2, rows, rank, dtype=g.dtype if g.dtype == torch.bfloat16 else torch.float32)
+    k = g.new_empty(rows, 2 * rank) if room is None else room
+    k_sums = g.new_empty(tiles, rows, 2 * rank, dtype=g.dtype if g.dtype == torch.bfloat16 else torch.float32)
     d_sums = g.new_empty(strips, 3 * columns * rank, dtype=torch.float32)
     c_sums = g.new_empty(0 if factors is None else strips, 2, columns, dtype=torch.float32)
     thin = [_rows(t, g.dtype) for t in (B_gate, B_up, h_gate, h_up, k_down, k_down if A_down is None else A_down)]
@@ -410,7 +414,7 @@ def gated_backward_low_rank(
             _low_rank_kernel[(strips * tiles,)](
                 g, gate, up, *_contiguous(factors, g), *thin, k_sums, d_sums, c_sums,
                 rows, columns, strip, rank, *(t.stride(0) for t in (g, gate, up, *thin)),
-                float(scale_gate), float(scale_up),
+                *map(float, (scale_gate, scale_up, *(sum_scales or (scale_gate, scale_up)))),
                 ACTIVATION=activation, FACTORS=factors is not None, WRITE_ACT=write_act, ADDS=adds,
                 DOWN=A_down is not None,
                 PRECISION="ieee" if g.dtype == torch.float32 else "tf32",
@@ -418,8 +422,11 @@ def gated_backward_low_rank(
                 STAGES=stages, SUMS=max(1, min(height, warps * 32 * 16 // g.itemsize // width)), num_warps=warps,
                 **dict(zip(("maxnreg",), registers, strict=False)),
             )  # fmt: skip
-    k_gate, k_up = k_sums.sum(0).to(g.dtype)
-    dB_gate, dB_up, dA_down = d_sums.sum(0).view(3, -1)
+    d = g.new_empty(3, columns * rank, dtype=torch.float32)
+    with torch.cuda.device_of(g):
+        add_parts((k_sums, k), (d_sums, d))
+    k_gate, k_up = k.split(rank, 1)
+    dB_gate, dB_up, dA_down = d
     made = (k_gate, k_up, dB_gate.view(columns, rank), dB_up.view(columns, rank), dA_down.view(rank, columns))
     return made if factors is None else (*made, *c_sums.sum(0))
 

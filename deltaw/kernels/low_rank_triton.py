@@ -76,6 +76,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     N,
     R,
     scale,
+    sum_scale,
     g_stride,
     b_stride,
     h_stride,
@@ -102,11 +103,13 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
         tl.store(k_parts + at, k.to(k_parts.dtype.element_ty), mask=inside)
         sums = tl.dot(tl.trans(tile), others, sums, input_precision="ieee")
     at = (tl.program_id(1).to(tl.int64) * N + column)[:, None] * R + rank[None, :]
-    tl.store(parts + at, sums * scale, mask=thin)
+    tl.store(parts + at, sums * sum_scale, mask=thin)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add(parts, out, tile, count, number, TILE: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add(  # type: ignore[no-untyped-def]
+    parts, out, tile, count, number, width, out_row, TILE: tl.constexpr, PARTS: tl.constexpr
+):
     at = tile * TILE + tl.arange(0, TILE)
     parts += at
     total = tl.zeros([TILE], dtype=tl.float32)
@@ -116,19 +119,21 @@ def _add(parts, out, tile, count, number, TILE: tl.constexpr, PARTS: tl.constexp
             # Compared as a block: the interpreter of Triton 3.9 makes integers of a scalar beside one.
             total += tl.load(parts + i * count, mask=(at < count) & (at * 0 + (low + i) < number), other=0.0)
         parts += PARTS * count
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
+    place = (at // width).to(tl.int64) * out_row + at % width
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=at < count)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_kernel(  # type: ignore[no-untyped-def]
-    parts, out, count, number, parts2, out2, count2, number2, TILE: tl.constexpr, PARTS: tl.constexpr
-):
+    parts, out, count, number, width, out_row, parts2, out2, count2, number2, width2, out_row2,
+    TILE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     ahead = tl.cdiv(count, TILE)
     if program < ahead:
-        _add(parts, out, program, count, number, TILE, PARTS)
+        _add(parts, out, program, count, number, width, out_row, TILE, PARTS)
     else:
-        _add(parts2, out2, program - ahead, count2, number2, TILE, PARTS)
+        _add(parts2, out2, program - ahead, count2, number2, width2, out_row2, TILE, PARTS)
 
 
 @triton.jit(do_not_specialize=["M"])  # type: ignore[untyped-decorator]
@@ -154,12 +159,20 @@ def _product_kernel(  # type: ignore[no-untyped-def]
 
 
 def project_and_sum(
-    g: Tensor, B: Tensor, h: Tensor, *, scale: float, tiles: Tiles | None = None
+    g: Tensor,
+    B: Tensor,
+    h: Tensor,
+    *,
+    scale: float,
+    sum_scale: float | None = None,
+    out: Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`low_rank.project_and_sum_torch` with one read of g; all tensors on one CUDA device, none of them empty."""
     g = _rows(g)
     B, h = _rows(B.to(g.dtype)), _rows(h.to(g.dtype))
-    k, dB = torch.empty_like(h, memory_format=torch.contiguous_format), g.new_empty(B.shape, dtype=torch.float32)
+    k = torch.empty_like(h, memory_format=torch.contiguous_format) if out is None else out
+    dB = g.new_empty(B.shape, dtype=torch.float32)
     (M, N), R = g.shape, h.shape[1]
     tiles = tiles or _fitting(g, _padded(R))
     across = triton.cdiv(N, tiles.columns)
@@ -176,6 +189,7 @@ def project_and_sum(
             N,
             R,
             float(scale),
+            float(scale if sum_scale is None else sum_scale),
             g.stride(0),
             B.stride(0),
             h.stride(0),
@@ -186,7 +200,7 @@ def project_and_sum(
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
-        _add_parts((parts, dB), (k_parts, k))
+        add_parts((parts, dB), (k_parts, k))
     return k, dB
 
 
@@ -240,8 +254,9 @@ def _padded(rank: int) -> int:
 
 
 def _parts(out: Tensor, number: int) -> Tensor:
-    """Where parts of a sum go, (number, *out's shape); the result itself where there is one."""
-    return out if number == 1 else out.new_empty(number, *out.shape, dtype=torch.float32)
+    """Where parts of a sum go, (number, *out's shape); the result itself where there is one, and it lies as they do."""
+    whole = number == 1 and out.is_contiguous()
+    return out if whole else out.new_empty(number, *out.shape, dtype=torch.float32)
 
 
 def _split(across: int, steps: int, programs: int) -> tuple[int, int]:
@@ -258,14 +273,22 @@ def _split(across: int, steps: int, programs: int) -> tuple[int, int]:
     return each, number
 
 
-def _add_parts(*sums: tuple[Tensor, Tensor]) -> None:
-    """The sums over the parts of up to two results in one kernel, leaving out results that came whole."""
-    open_sums = [(parts, out) for parts, out in sums if parts is not out]
+def add_parts(*sums: tuple[Tensor, Tensor]) -> None:
+    """The sums over the parts of up to two results in one kernel, leaving out results that came whole.
+
+    Args:
+        sums: parts (number, *shape), contiguous, and what gets their sum, (rows, columns) with rows of contiguous
+            values, any stride between them; or the result twice. On the current CUDA device.
+    """
+    open_sums = [(parts, out) for parts, out in sums if parts is not out and out.numel()]
     if not open_sums:
         return
-    first, second = open_sums[0], open_sums[-1]
-    count = first[1].numel()
-    count2 = second[1].numel() if len(open_sums) == 2 else 0
-    _add_kernel[(triton.cdiv(count, SUM_TILE) + triton.cdiv(count2, SUM_TILE),)](
-        *first, count, len(first[0]), *second, count2, len(second[0]), TILE=SUM_TILE, PARTS=SUM_PARTS, num_warps=4
+    counts = [out.numel() for _, out in open_sums]
+    first, *_, second = [
+        (parts, out, out.numel(), len(parts), out.shape[1], out.stride(0)) for parts, out in (*open_sums, open_sums[-1])
+    ]
+    if len(open_sums) == 1:
+        second = (*second[:2], 0, *second[3:])
+    _add_kernel[(sum(triton.cdiv(count, SUM_TILE) for count in counts),)](
+        *first, *second, TILE=SUM_TILE, PARTS=SUM_PARTS, num_warps=4
     )

@@ -165,11 +165,11 @@ def check_low_rank(case, function, *, write_act, adds=False, down=False, slack=1
     if adds or down:
         case.truth(scales=(0.5, 1.5) if adds else (0.0, 0.0), down=down)
         options |= {"adds": adds, "A_down": case.A_down if down else None}
-    g = case.g.clone()
-    made = function(
-        case.g, case.gate, case.up, **case.low_rank, scale_gate=0.5, scale_up=1.5, activation=case.activation,
-        factors=case.factors, write_act=write_act, **options,
-    )  # fmt: skip
+    before = [t.clone() for t in (case.g, case.gate, case.up)]
+    g = before[0]
+    options |= {"activation": case.activation, "factors": case.factors, "write_act": write_act}
+    options |= {"scale_gate": 0.5, "scale_up": 1.5, **case.low_rank}
+    made = function(case.g, case.gate, case.up, **options)
     tolerance = slack * TOLERANCE[case.g.dtype]
     for got, want in zip((case.gate, case.up), case.wanted[1:3], strict=True):
         assert_near(got, want, tolerance)
@@ -180,11 +180,22 @@ def check_low_rank(case, function, *, write_act, adds=False, down=False, slack=1
     elif function is not gated_backward_low_rank:
         assert torch.equal(case.g, g)
     wide = torch.promote_types(case.g.dtype, torch.float32)
+    # Into storage that is NaN all around, and with scales of their own for dB.
+    ranks = [t.shape[1] for t in made[:2]]
+    around = g.new_full((len(g) + 2, sum(ranks) + 3), torch.nan)
+    again = function(*(t.clone() for t in before), **options, room=around[1:-1, 2:-1], sum_scales=(-1.0, 6.0))
+    for got, part, place in zip(again, made, around[1:-1, 2:-1].split(ranks, 1), strict=False):
+        assert_near(got, part.double(), TOLERANCE[g.dtype])
+        assert got.data_ptr() == place.data_ptr() and got.stride() == place.stride()
+    around[1:-1, 2:-1] = torch.nan
+    assert around.isnan().all()
+    for got, part, factor in zip(again[2:], made[2:], [-2.0, 4.0, *[1.0] * (len(made) - 4)], strict=True):
+        assert_near(got, factor * part.double(), 4 * TOLERANCE[wide])
     wanted = case.low_rank_truth(act, case.gate, case.up)
     # act as rounded here and there differs in a last place now and then.
     nears = [TOLERANCE[case.g.dtype]] * 2 + [4 * TOLERANCE[wide]] * 2 + [4 * TOLERANCE[wide if write_act else g.dtype]]
     for got, want, near, dtype in zip(made, wanted, nears, [g.dtype] * 2 + [wide] * 3, strict=False):
-        assert got.dtype == dtype and got.is_contiguous()
+        assert got.dtype == dtype and (got.is_contiguous() or dtype == g.dtype)
         assert_near(got, want, near)
     assert len(made) == (5 if case.factors is None else 7)
     for got, want in zip(made[5:], case.wanted[3:], strict=True):

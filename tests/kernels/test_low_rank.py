@@ -95,6 +95,12 @@ def check_both(form, M, N, r, dtype, device, most=4):
             k, dB = form(view, B, h, scale=0.3)
         close(k, g, B, dtype, 0.3)
         close(dB, g.t(), h, torch.promote_types(dtype, torch.float32), 0.3)
+    out = framed(M, r, dtype=dtype, device=device, wider=5)
+    place, dB = form(g, B, h, scale=0.3, sum_scale=-2.0, out=out)
+    assert place is out and torch.equal(out, form(g, B, h, scale=0.3)[0])
+    close(dB, g.t(), h, torch.promote_types(dtype, torch.float32), -2.0)
+    out.fill_(math.nan)
+    assert out._base.isnan().all()
 
 
 def framed(*shape, dtype, device, wider):
@@ -174,6 +180,9 @@ def test_shapes_that_do_not_match_are_errors():
         project(torch.ones(2, 3), torch.ones(4, 5))
     with pytest.raises(InputError, match=r"expected g \(M, N\), B \(N, r\) and h \(M, r\)"):
         low_rank.project_and_sum(torch.ones(2, 3), torch.ones(3, 4), torch.ones(2, 5), scale=1.0)
+    with pytest.raises(InputError, match=r"out is torch.float32 of shape \(2, 3\) .*expected torch.float32, \(2, 4\)"):
+        thin = torch.ones(3, 4), torch.ones(2, 4)
+        low_rank.project_and_sum(torch.ones(2, 3), *thin, scale=1.0, out=torch.ones(2, 3))
     with pytest.raises(InputError, match=r"expected k \(M, R\) and x \(M, K\)"):
         outer_sum(torch.ones(2, 3), torch.ones(3, 3))
 
