@@ -192,6 +192,21 @@ def _low_rank(M: int, r: int, variants: bool) -> Iterator[Case]:
             lambda g, B=B: low_rank.project_and_sum_torch(g, B, h, scale=2.0), size,
         )  # fmt: skip
         yield Case(f"low-rank h B^T {K}", make, lambda x, B=B: torch.mm(h, B.t(), out=x), size)
+    widths = (WIDTH, WIDTH // 4, WIDTH // 4)
+    hs, Bs, out = draw(M, 3 * r), draw(sum(widths), 3 * r), draw(M, 3 * r)
+    make, size = partial(draw, M, sum(widths)), 2 * M * sum(widths)
+    for tile in tiles:
+        yield Case(
+            f"low-rank project-and-sum blocks {widths} {tile or ''}", make,
+            lambda g, tile=tile: low_rank_triton.project_and_sum(
+                g, Bs, hs, scale=1.0, sum_scale=2.0, out=out, widths=widths, tiles=tile
+            ),
+            size,
+        )  # fmt: skip
+    yield Case(
+        f"low-rank two products {sum(widths)}", make,
+        lambda g: (torch.mm(g, Bs, out=out), low_rank.outer_sum(g, hs)), size,
+    )  # fmt: skip
 
 
 def _add_product(M: int, row: int, variants: bool) -> Iterator[Case]:

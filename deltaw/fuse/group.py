@@ -19,7 +19,7 @@ from deltaw.fuse.narrow import Narrow, narrowed, turn_of
 from deltaw.fuse.thin import Factors, Thin
 from deltaw.kernels.factors import Factor
 from deltaw.kernels.fp8 import matmul_fp8, quantize_rows, write_columns
-from deltaw.kernels.low_rank import add_product, outer_sum, project, project_and_sum
+from deltaw.kernels.low_rank import add_product, outer_sum, project, project_and_sum, project_and_sum_blocks
 from deltaw.kernels.memory import with_room
 from deltaw.kernels.scaled import scale_and_sum
 from deltaw.quant.weight import NF4Weight, dequantize_all
@@ -475,6 +475,14 @@ class Group:
             assert low is not None
             _, total = project_and_sum(g, self.thin.B, h, scale=1.0, sum_scale=low.scale, out=k)
             return [total[:, : self.linears[0].rank]]
+        shapes = {linear.low and (linear.rank, linear.low.scale) for linear in self.linears}
+        if len(shapes) == 1 and (low := self.linears[0].low) is not None:
+            used = self.linears[0].rank * len(self.linears)
+            total = project_and_sum_blocks(
+                g, self.thin.B[:, :used], h[:, :used], widths=self.widths, sum_scale=low.scale, out=k[:, :used]
+            )
+            k[:, used:].zero_()
+            return [*total.split(self.widths)]
         # Reading g twice, but in two products for all linears.
         torch.mm(g, self.thin.B, out=k)
         total = outer_sum(g, h)

@@ -35,7 +35,7 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found]
 from torch import Tensor
 
 from deltaw.kernels.gated import Activation, Factors, LowRank
-from deltaw.kernels.low_rank_triton import add_parts
+from deltaw.kernels.low_rank_triton import Sum, add_parts
 
 #: Rows and columns of a step, and warps, of the elementwise kernels.
 TILE = (4, 1024, 8)
@@ -424,7 +424,7 @@ def gated_backward_low_rank(
             )  # fmt: skip
     d = g.new_empty(3, columns * rank, dtype=torch.float32)
     with torch.cuda.device_of(g):
-        add_parts((k_sums, k), (d_sums, d))
+        add_parts(Sum(k_sums, k), Sum(d_sums, d))
     k_gate, k_up = k.split(rank, 1)
     dB_gate, dB_up, dA_down = d
     made = (k_gate, k_up, dB_gate.view(columns, rank), dB_up.view(columns, rank), dA_down.view(rank, columns))

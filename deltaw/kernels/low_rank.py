@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -32,6 +33,9 @@ TRITON_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 #: times the bytes of g at rank 32 and 1.25 times at 64, where reading g twice in cuBLAS is as good.
 PROJECT_AND_SUM_RANK = 32
 ADD_PRODUCT_RANK = 64
+
+#: Linears side by side that the kernel of `project_and_sum_blocks` takes.
+MOST_BLOCKS = 3
 
 #: Rows taken to float32 at a time where a product cannot return float32 by itself (16 bits on CPU).
 CHUNK_ROWS = 1024
@@ -116,6 +120,49 @@ def project_and_sum_torch(
     k = torch.addmm(g.new_zeros(()), g, B.to(g.dtype), beta=0, alpha=scale)
     dB = _summed(g, h.to(g.dtype), scale if sum_scale is None else sum_scale)
     return (k if out is None else out.copy_(k)), dB
+
+
+def project_and_sum_blocks(
+    g: Tensor, B: Tensor, h: Tensor, *, widths: Sequence[int], sum_scale: float = 1.0, out: Tensor
+) -> Tensor:
+    """`project_and_sum` of linears side by side, g read once: k_i = g_i B_i goes to `out`; dB_i = sum_scale g_i^T h_i.
+
+    Args:
+        g: (M, N), the columns of the linears one after the other.
+        B: (N, n r), n linears; B_i (widths[i], r) in its rows and columns i r ... (i + 1) r, zeros elsewhere.
+        h: (M, n r), the h_i (M, r) side by side.
+        widths: columns of each linear in g, N together.
+        sum_scale: alpha/r or its like, which B has already.
+        out: (M, n r) in g's dtype, rows contiguous, any stride between them; gets the k_i side by side. Shares no
+            memory with the other tensors.
+
+    Returns:
+        The dB_i under one another, (N, r) float32 (float64 for float64).
+
+    Raises:
+        InputError: shapes that do not match.
+    """
+    rank = h.shape[-1] // max(len(widths), 1)
+    fits = g.dim() == 2 and sum(widths) == g.shape[1] and rank * len(widths) == h.shape[-1]
+    what = "g (M, N), B (N, n r) and h (M, n r), for n widths of N together"
+    _check(fits and B.shape == (g.shape[1], h.shape[1]) and len(h) == len(g), what, g, B, h)
+    check_like("out", out, tuple(h.shape), g)
+    kernels = _kernels_for(g, rank, PROJECT_AND_SUM_RANK) if len(widths) <= MOST_BLOCKS else None
+    if kernels is None:
+        return project_and_sum_blocks_torch(g, B, h, widths=widths, sum_scale=sum_scale, out=out)
+    dB: Tensor
+    _, dB = kernels.project_and_sum(g, B, h, scale=1.0, sum_scale=sum_scale, out=out, widths=tuple(widths))
+    return dB
+
+
+def project_and_sum_blocks_torch(
+    g: Tensor, B: Tensor, h: Tensor, *, widths: Sequence[int], sum_scale: float = 1.0, out: Tensor
+) -> Tensor:
+    """`project_and_sum_blocks` in torch on any device."""
+    rank = h.shape[1] // len(widths)
+    torch.mm(g, B.to(g.dtype), out=out)
+    pairs = zip(g.split(list(widths), 1), h.to(g.dtype).split(rank, 1), strict=True)
+    return torch.cat([_summed(part, one, sum_scale) for part, one in pairs])
 
 
 def outer_sum(k: Tensor, x: Tensor) -> Tensor:

@@ -73,6 +73,8 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     k_parts,
     parts,
     M,
+    end,
+    end2,
     N,
     R,
     scale,
@@ -85,55 +87,75 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    # Which of up to three blocks of g's columns the tile is of: each has columns of its own in B and in h.
+    tile = tl.program_id(0)
+    tiles = tl.cdiv(end, COLUMNS)
+    tiles2 = tiles + tl.cdiv(end2 - end, COLUMNS)
+    block = (tile >= tiles).to(tl.int32) + (tile >= tiles2).to(tl.int32)
+    start = tl.where(block == 0, 0, tl.where(block == 1, end, end2))
+    stop = tl.where(block == 0, end, tl.where(block == 1, end2, N))
+    tile -= tl.where(block == 0, 0, tl.where(block == 1, tiles, tiles2))
+    column = start + tile * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < stop
     rank = tl.arange(0, RANK)
-    thin = (column < N)[:, None] & (rank < R)[None, :]
+    thin = inside[:, None] & (rank < R)[None, :]
+    B += block * R
+    h += block * R
     factor = tl.load(B + column.to(tl.int64)[:, None] * b_stride + rank[None, :], mask=thin, other=0.0)
     sums = tl.zeros([COLUMNS, RANK], dtype=tl.float32)
     first = tl.program_id(1) * rows_each
     for low in range(first, tl.minimum(first + rows_each, M), ROWS):
         row = low + tl.arange(0, ROWS)
         wide = row.to(tl.int64)[:, None]
-        inside = (row < M)[:, None] & (rank < R)[None, :]
-        mask = (row < M)[:, None] & (column < N)[None, :]
-        tile = tl.load(g + wide * g_stride + column[None, :], mask=mask, other=0.0)
-        others = tl.load(h + wide * h_stride + rank[None, :], mask=inside, other=0.0)
-        k = tl.dot(tile, factor, input_precision="ieee") * scale
+        here = (row < M)[:, None] & (rank < R)[None, :]
+        mask = (row < M)[:, None] & inside[None, :]
+        values = tl.load(g + wide * g_stride + column[None, :], mask=mask, other=0.0)
+        others = tl.load(h + wide * h_stride + rank[None, :], mask=here, other=0.0)
+        k = tl.dot(values, factor, input_precision="ieee") * scale
         at = (tl.program_id(0).to(tl.int64) * M + wide) * R + rank[None, :]
-        tl.store(k_parts + at, k.to(k_parts.dtype.element_ty), mask=inside)
-        sums = tl.dot(tl.trans(tile), others, sums, input_precision="ieee")
+        tl.store(k_parts + at, k.to(k_parts.dtype.element_ty), mask=here)
+        sums = tl.dot(tl.trans(values), others, sums, input_precision="ieee")
     at = (tl.program_id(1).to(tl.int64) * N + column)[:, None] * R + rank[None, :]
     tl.store(parts + at, sums * sum_scale, mask=thin)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add(  # type: ignore[no-untyped-def]
-    parts, out, tile, count, number, width, out_row, TILE: tl.constexpr, PARTS: tl.constexpr
-):
+    parts, out, tile, count, longest, end, end2, number, width, piece, out_row,
+    TILE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A tile of `out`, see `Sum`."""
     at = tile * TILE + tl.arange(0, TILE)
-    parts += at
+    row = (at // width).to(tl.int64)
+    block = at % width // piece
+    begin = tl.where(block == 0, 0, tl.where(block == 1, end, end2))
+    own = tl.where(block == 0, end, tl.where(block == 1, end2, number)) - begin
+    step = (count // width).to(tl.int64) * piece
+    parts += begin * step + row * piece + at % piece
     total = tl.zeros([TILE], dtype=tl.float32)
-    for low in range(0, number, PARTS):
+    for low in range(0, longest, PARTS):
         # Unrolled, so that these loads are under way together.
         for i in tl.static_range(PARTS):
-            # Compared as a block: the interpreter of Triton 3.9 makes integers of a scalar beside one.
-            total += tl.load(parts + i * count, mask=(at < count) & (at * 0 + (low + i) < number), other=0.0)
-        parts += PARTS * count
-    place = (at // width).to(tl.int64) * out_row + at % width
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=at < count)
+            total += tl.load(parts + i * step, mask=(at < count) & (low + i < own), other=0.0)
+        parts += PARTS * step
+    tl.store(out + row * out_row + at % width, total.to(out.dtype.element_ty), mask=at < count)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_kernel(  # type: ignore[no-untyped-def]
-    parts, out, count, number, width, out_row, parts2, out2, count2, number2, width2, out_row2,
+    parts, out, count, longest, end, end2, number, width, piece, out_row,
+    parts_b, out_b, count_b, longest_b, end_b, end2_b, number_b, width_b, piece_b, out_row_b,
     TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     ahead = tl.cdiv(count, TILE)
     if program < ahead:
-        _add(parts, out, program, count, number, width, out_row, TILE, PARTS)
+        _add(parts, out, program, count, longest, end, end2, number, width, piece, out_row, TILE, PARTS)
     else:
-        _add(parts2, out2, program - ahead, count2, number2, width2, out_row2, TILE, PARTS)
+        _add(
+            parts_b, out_b, program - ahead, count_b, longest_b, end_b, end2_b, number_b, width_b, piece_b, out_row_b,
+            TILE, PARTS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])  # type: ignore[untyped-decorator]
@@ -166,26 +188,35 @@ def project_and_sum(
     scale: float,
     sum_scale: float | None = None,
     out: Tensor | None = None,
+    widths: tuple[int, ...] = (),
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`low_rank.project_and_sum_torch` with one read of g; all tensors on one CUDA device, none of them empty."""
+    """`low_rank.project_and_sum_torch` with one read of g; all tensors on one CUDA device, none of them empty.
+
+    With `widths` as `low_rank.project_and_sum_blocks_torch`, of two or three blocks.
+    """
     g = _rows(g)
     B, h = _rows(B.to(g.dtype)), _rows(h.to(g.dtype))
+    widths = widths or (g.shape[1],)
     k = torch.empty_like(h, memory_format=torch.contiguous_format) if out is None else out
-    dB = g.new_empty(B.shape, dtype=torch.float32)
-    (M, N), R = g.shape, h.shape[1]
+    (M, N), R = g.shape, h.shape[1] // len(widths)
+    dB = g.new_empty(N, R, dtype=torch.float32)
     tiles = tiles or _fitting(g, _padded(R))
-    across = triton.cdiv(N, tiles.columns)
-    each, number = _split(across, triton.cdiv(M, tiles.rows), tiles.programs)
-    k_parts, parts = _parts(k, across), _parts(dB, number)
+    across = [triton.cdiv(width, tiles.columns) for width in widths]
+    each, number = _split(sum(across), triton.cdiv(M, tiles.rows), tiles.programs)
+    whole = sum(across) == 1 and k.is_contiguous()
+    k_parts = k if whole else g.new_empty(sum(across), M, R, dtype=torch.float32)
+    parts = dB if number == 1 else g.new_empty(number, N, R, dtype=torch.float32)
     with torch.cuda.device_of(g):
-        _sum_kernel[(across, number)](
+        _sum_kernel[(sum(across), number)](
             g,
             B,
             h,
             k_parts,
             parts,
             M,
+            widths[0],
+            sum(widths[:2]),
             N,
             R,
             float(scale),
@@ -200,7 +231,7 @@ def project_and_sum(
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
-        add_parts((parts, dB), (k_parts, k))
+        add_parts(Sum(parts, dB), Sum(k_parts, k, tuple(across)))
     return k, dB
 
 
@@ -253,12 +284,6 @@ def _padded(rank: int) -> int:
     return max(16, int(triton.next_power_of_2(rank)))
 
 
-def _parts(out: Tensor, number: int) -> Tensor:
-    """Where parts of a sum go, (number, *out's shape); the result itself where there is one, and it lies as they do."""
-    whole = number == 1 and out.is_contiguous()
-    return out if whole else out.new_empty(number, *out.shape, dtype=torch.float32)
-
-
 def _split(across: int, steps: int, programs: int) -> tuple[int, int]:
     """Steps of each part, and parts, that take the least time where `across` programs each take a number of steps.
 
@@ -273,22 +298,33 @@ def _split(across: int, steps: int, programs: int) -> tuple[int, int]:
     return each, number
 
 
-def add_parts(*sums: tuple[Tensor, Tensor]) -> None:
-    """The sums over the parts of up to two results in one kernel, leaving out results that came whole.
+class Sum(NamedTuple):
+    """A result and its parts.
 
-    Args:
-        sums: parts (number, *shape), contiguous, and what gets their sum, (rows, columns) with rows of contiguous
-            values, any stride between them; or the result twice. On the current CUDA device.
+    Attributes:
+        parts: (number, rows, columns / pieces), contiguous.
+        out: (rows, columns), rows of contiguous values, any stride between them; or `parts` itself, which is whole.
+        numbers: how many of the parts, one after the other, are of each piece of the columns, up to three pieces; one
+            where it is empty.
     """
-    open_sums = [(parts, out) for parts, out in sums if parts is not out and out.numel()]
-    if not open_sums:
+
+    parts: Tensor
+    out: Tensor
+    numbers: tuple[int, ...] = ()
+
+    def arguments(self) -> tuple[Tensor | int, ...]:
+        """What the kernel takes."""
+        numbers = self.numbers or (len(self.parts),)
+        (_, width), piece = self.out.shape, self.out.shape[1] // len(numbers)
+        ends = numbers[0], sum(numbers[:2]), sum(numbers)
+        return self.parts, self.out, self.out.numel(), max(numbers), *ends, width, piece, self.out.stride(0)
+
+
+def add_parts(*sums: Sum) -> None:
+    """Adds the parts of up to two results in one kernel, on the current CUDA device."""
+    found = [one for one in sums if one.parts is not one.out and one.out.numel()]
+    if not found:
         return
-    counts = [out.numel() for _, out in open_sums]
-    first, *_, second = [
-        (parts, out, out.numel(), len(parts), out.shape[1], out.stride(0)) for parts, out in (*open_sums, open_sums[-1])
-    ]
-    if len(open_sums) == 1:
-        second = (*second[:2], 0, *second[3:])
-    _add_kernel[(sum(triton.cdiv(count, SUM_TILE) for count in counts),)](
-        *first, *second, TILE=SUM_TILE, PARTS=SUM_PARTS, num_warps=4
-    )
+    programs = sum(triton.cdiv(one.out.numel(), SUM_TILE) for one in found)
+    first, second = found[0].arguments(), found[-1].arguments()
+    _add_kernel[(programs,)](*first, *second, TILE=SUM_TILE, PARTS=SUM_PARTS, num_warps=4)

@@ -103,6 +103,25 @@ def check_both(form, M, N, r, dtype, device, most=4):
     assert out._base.isnan().all()
 
 
+def check_blocks(form, M, widths, r, dtype, device):
+    """`project_and_sum_blocks` of linears whose columns lie in a frame, with poison where nothing is to be read."""
+    N, ranks = sum(widths), r * len(widths)
+    g = framed(M, N, dtype=dtype, device=device, wider=3).copy_(drawn(M, N, dtype=dtype))
+    h = framed(M, ranks, dtype=dtype, device=device, wider=7).copy_(drawn(M, ranks, dtype=dtype))
+    B = torch.zeros(N, ranks, dtype=dtype, device=device)
+    for i, part in enumerate(B.split(list(widths))):
+        part[:, i * r : (i + 1) * r] = drawn(len(part), r, dtype=dtype, name=f"B{i}")
+    out = framed(M, ranks, dtype=dtype, device=device, wider=9)
+    with poisoned():
+        dB = form(g, B, h, widths=widths, sum_scale=0.3, out=out)
+    for i, (dB_i, g_i) in enumerate(zip(dB.split(list(widths)), g.split(list(widths), 1), strict=True)):
+        columns = slice(i * r, (i + 1) * r)
+        close(out[:, columns].contiguous(), g, B[:, columns], dtype)
+        close(dB_i, g_i.t(), h[:, columns], torch.promote_types(dtype, torch.float32), 0.3)
+    out.fill_(math.nan)
+    assert out._base.isnan().all()
+
+
 def framed(*shape, dtype, device, wider):
     """Memory for a matrix in rows that lie `wider` further apart than they are long, with NaN around it."""
     frame = torch.full((shape[0] + 1, shape[1] + wider), math.nan, dtype=dtype, device=device)
@@ -144,6 +163,9 @@ def check_sum(form, M, N, P, dtype, device):
 def test_torch_forms_and_dispatch_on_cpu(M, N, r, dtype):
     for form in (project_and_sum_torch, low_rank.project_and_sum):
         check_both(form, M, N, r, dtype, "cpu")
+    for form in (low_rank.project_and_sum_blocks_torch, low_rank.project_and_sum_blocks):
+        for widths in ((N,), (N, 3), (2, N, 3), (2, N, 3, 1)):
+            check_blocks(form, M, widths, r, dtype, "cpu")
     for form in (add_product_torch, add_product):
         check_sum(form, M, N, r, dtype, "cpu")
     x, A, k = (drawn(*shape, dtype=dtype, name=str(shape)) for shape in ((M, N), (r, N), (M, r)))
@@ -180,6 +202,9 @@ def test_shapes_that_do_not_match_are_errors():
         project(torch.ones(2, 3), torch.ones(4, 5))
     with pytest.raises(InputError, match=r"expected g \(M, N\), B \(N, r\) and h \(M, r\)"):
         low_rank.project_and_sum(torch.ones(2, 3), torch.ones(3, 4), torch.ones(2, 5), scale=1.0)
+    with pytest.raises(InputError, match=r"expected g \(M, N\), B \(N, n r\) and h \(M, n r\), for n widths of N"):
+        thin = torch.ones(3, 4), torch.ones(2, 4)
+        low_rank.project_and_sum_blocks(torch.ones(2, 3), *thin, widths=(1, 1), out=torch.ones(2, 4))
     with pytest.raises(InputError, match=r"out is torch.float32 of shape \(2, 3\) .*expected torch.float32, \(2, 4\)"):
         thin = torch.ones(3, 4), torch.ones(2, 4)
         low_rank.project_and_sum(torch.ones(2, 3), *thin, scale=1.0, out=torch.ones(2, 3))
@@ -221,6 +246,12 @@ def with_options(name, **options):
     return functools.partial(getattr(low_rank_triton, name), **options)
 
 
+def blocks_form(**options):
+    """The kernel as `project_and_sum_blocks` calls it."""
+    form = with_options("project_and_sum", scale=1.0, **options)
+    return lambda *tensors, widths, **rest: form(*tensors, widths=tuple(widths), **rest)[1]
+
+
 def small_tiles():
     """Many parts, some, and none."""
     from deltaw.kernels.low_rank_triton import Tiles
@@ -236,6 +267,8 @@ def small_tiles():
 def test_kernels_with_small_tiles(M, N, r, dtype):
     for tiles, most in zip(small_tiles(), (2, 1, 1), strict=True):
         check_both(with_options("project_and_sum", tiles=tiles), M, N, r, dtype, DEVICE, most)
+    for tiles, widths in zip(small_tiles(), ((N, 5, 40), (5, N), (N, 16, 16)), strict=True):
+        check_blocks(blocks_form(tiles=tiles), M, widths, r, dtype, DEVICE)
     check_sum(with_options("add_product", tile=(16, 16, 4)), M, N, r, dtype, DEVICE)
 
 
@@ -248,6 +281,7 @@ def test_kernels_with_their_own_tiles(monkeypatch, M, N, r, dtype):
     for least in (low_rank_triton.WIDE_COLUMNS, 1):
         monkeypatch.setattr(low_rank_triton, "WIDE_COLUMNS", least)
         check_both(with_options("project_and_sum"), M, N, r, dtype, DEVICE)
+        check_blocks(blocks_form(), M, (N, 70, 300), r, dtype, DEVICE)
     check_sum(with_options("add_product"), M, N, r, dtype, DEVICE)
 
 
@@ -301,7 +335,7 @@ def test_kernels_take_the_tiles_that_fit(monkeypatch):
 )
 def test_large_ones_by_dispatch(monkeypatch, M, N, r, dtype):
     monkeypatch.setattr(low_rank, "PROJECT_AND_SUM_RANK", 64)
-    for name in ("project_and_sum_torch", "add_product_torch"):
+    for name in ("project_and_sum_torch", "project_and_sum_blocks_torch", "add_product_torch"):
         monkeypatch.setattr(low_rank, name, None)
     g, B, h = (drawn(*s, dtype=dtype, device="cuda", name=str(s)) for s in ((M, N), (N, r), (M, r)))
     for view in itertools.islice(layouts(g), 2):
@@ -313,6 +347,7 @@ def test_large_ones_by_dispatch(monkeypatch, M, N, r, dtype):
             first = got
         close(got[0], g, B, dtype, 0.3)
         close(got[1], g.t(), h, torch.float32, 0.3)
+    check_blocks(low_rank.project_and_sum_blocks, M, (N, 1024, 1000), r, dtype, "cuda")
     check_sum(add_product, M, N, r, dtype, "cuda")
 
 
