@@ -475,11 +475,12 @@ class Group:
             assert low is not None
             _, total = project_and_sum(g, self.thin.B, h, scale=1.0, sum_scale=low.scale, out=k)
             return [total[:, : self.linears[0].rank]]
-        shapes = {linear.low and (linear.rank, linear.low.scale) for linear in self.linears}
-        if len(shapes) == 1 and (low := self.linears[0].low) is not None:
+        first = self.linears[0].low
+        alike = {None if one.low is None else (one.rank, one.low.scale) for one in self.linears}
+        if first is not None and len(alike) == 1:
             used = self.linears[0].rank * len(self.linears)
             total = project_and_sum_blocks(
-                g, self.thin.B[:, :used], h[:, :used], widths=self.widths, sum_scale=low.scale, out=k[:, :used]
+                g, self.thin.B[:, :used], h[:, :used], widths=self.widths, sum_scale=first.scale, out=k[:, :used]
             )
             k[:, used:].zero_()
             return [*total.split(self.widths)]
