@@ -121,17 +121,24 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add(  # type: ignore[no-untyped-def]
-    parts, out, tile, count, longest, end, end2, number, width, piece, out_row,
-    TILE: tl.constexpr, PARTS: tl.constexpr,
+    parts, out, tile, count, longest, end, end2, number, width, out_row,
+    PIECES: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A tile of `out`, see `Sum`."""
     at = tile * TILE + tl.arange(0, TILE)
     row = (at // width).to(tl.int64)
-    block = at % width // piece
-    begin = tl.where(block == 0, 0, tl.where(block == 1, end, end2))
-    own = tl.where(block == 0, end, tl.where(block == 1, end2, number)) - begin
-    step = (count // width).to(tl.int64) * piece
-    parts += begin * step + row * piece + at % piece
+    if PIECES == 1:
+        # By itself, as the compiler sees rows of several values only here.
+        parts += at
+        step = count.to(tl.int64)
+        own = at * 0 + number
+    else:
+        piece = width // PIECES
+        block = at % width // piece
+        begin = tl.where(block == 0, 0, tl.where(block == 1, end, end2))
+        own = tl.where(block == 0, end, tl.where(block == 1, end2, number)) - begin
+        step = (count // PIECES).to(tl.int64)
+        parts += begin * step + row * piece + at % piece
     total = tl.zeros([TILE], dtype=tl.float32)
     for low in range(0, longest, PARTS):
         # Unrolled, so that these loads are under way together.
@@ -143,18 +150,18 @@ def _add(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_kernel(  # type: ignore[no-untyped-def]
-    parts, out, count, longest, end, end2, number, width, piece, out_row,
-    parts_b, out_b, count_b, longest_b, end_b, end2_b, number_b, width_b, piece_b, out_row_b,
-    TILE: tl.constexpr, PARTS: tl.constexpr,
+    parts, out, count, longest, end, end2, number, width, out_row,
+    parts_b, out_b, count_b, longest_b, end_b, end2_b, number_b, width_b, out_row_b,
+    PIECES: tl.constexpr, PIECES_B: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     ahead = tl.cdiv(count, TILE)
     if program < ahead:
-        _add(parts, out, program, count, longest, end, end2, number, width, piece, out_row, TILE, PARTS)
+        _add(parts, out, program, count, longest, end, end2, number, width, out_row, PIECES, TILE, PARTS)
     else:
         _add(
-            parts_b, out_b, program - ahead, count_b, longest_b, end_b, end2_b, number_b, width_b, piece_b, out_row_b,
-            TILE, PARTS,
+            parts_b, out_b, program - ahead, count_b, longest_b, end_b, end2_b, number_b, width_b, out_row_b,
+            PIECES_B, TILE, PARTS,
         )  # fmt: skip
 
 
@@ -315,9 +322,8 @@ class Sum(NamedTuple):
     def arguments(self) -> tuple[Tensor | int, ...]:
         """What the kernel takes."""
         numbers = self.numbers or (len(self.parts),)
-        (_, width), piece = self.out.shape, self.out.shape[1] // len(numbers)
         ends = numbers[0], sum(numbers[:2]), sum(numbers)
-        return self.parts, self.out, self.out.numel(), max(numbers), *ends, width, piece, self.out.stride(0)
+        return self.parts, self.out, self.out.numel(), max(numbers), *ends, self.out.shape[1], self.out.stride(0)
 
 
 def add_parts(*sums: Sum) -> None:
@@ -326,5 +332,8 @@ def add_parts(*sums: Sum) -> None:
     if not found:
         return
     programs = sum(triton.cdiv(one.out.numel(), SUM_TILE) for one in found)
-    first, second = found[0].arguments(), found[-1].arguments()
-    _add_kernel[(programs,)](*first, *second, TILE=SUM_TILE, PARTS=SUM_PARTS, num_warps=4)
+    first, second = found[0], found[-1]
+    _add_kernel[(programs,)](
+        *first.arguments(), *second.arguments(), PIECES=max(1, len(first.numbers)),
+        PIECES_B=max(1, len(second.numbers)), TILE=SUM_TILE, PARTS=SUM_PARTS, num_warps=4,
+    )  # fmt: skip
