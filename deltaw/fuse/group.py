@@ -117,7 +117,13 @@ class Group:
         self.joined = None if fp8_forward else self._held() if self.decoded else self._joined()
         #: Columns that x and g may have behind them.
         self.spare = self.P if self.joined is not None or (self.decoded and not fp8_forward) else 0
+        #: Directions of the input, of products in 8 bits forward.
+        self.along = store.directions.get(name) if fp8_forward and store is not None else None
         self._thin: Thin | None = None
+        #: A and, below it, the directions, where there are some: one reading of x for both.
+        self._projections: Tensor | None = None
+        #: What `project` found along the directions, for `outputs`.
+        self._coordinates: Tensor | None = None
         self._c: Tensor | None = None
         #: What was decoded for the norms, for the product that comes next.
         self._decoded: Tensor | None = None
@@ -213,9 +219,14 @@ class Group:
             thin = Thin(whole[self.rows :, : self.columns], whole[: self.rows, self.columns :])
         else:
             like = next(linear.low.A for linear in self.linears if linear.low is not None)
-            memory = like.new_empty(self.P * (self.columns + self.rows), dtype=self.dtype)
-            A, B = memory.split([self.P * self.columns, self.P * self.rows])
-            thin = Thin(A.view(self.P, -1), B.view(-1, self.P))
+            count = 0 if self.along is None else self.along.P.shape[1]
+            sizes = [(self.P + count) * self.columns, self.P * self.rows]
+            memory = like.new_empty(sum(sizes), dtype=self.dtype)
+            A, B = memory.split(sizes)
+            self._projections = A.view(self.P + count, -1)
+            if self.along is not None:
+                self._projections[self.P :].copy_(self.along.P.t())
+            thin = Thin(self._projections[: self.P], B.view(-1, self.P))
         lows = [linear.low for linear in self.linears]
         key = tuple(
             low and (low.A.data_ptr(), low.B.data_ptr(), low.A.shape, low.A.dtype, low.B.dtype, low.scale)
@@ -223,7 +234,7 @@ class Group:
         )
         if whole is not None:
             return self.store.factors.placed(self.name, key, thin, lambda: self._factors(thin))
-        self.store.factors.made(self.name, key, memory, lambda: self._factors(thin))
+        self.store.factors.made(self.name, (key, count), memory, lambda: self._factors(thin))
         return thin
 
     def _factors(self, thin: Thin) -> list[Factor]:
@@ -304,7 +315,11 @@ class Group:
             return None
         if inside and x.shape[1] == self.columns + self.P:
             return torch.mm(x[:, : self.columns], self.thin.A.t(), out=x[:, self.columns :])
-        return project(x[:, : self.columns], self.thin.A)
+        thin = self.thin
+        if self.along is None or self._projections is None:
+            return project(x[:, : self.columns], thin.A)
+        h, self._coordinates = project(x, self._projections).tensor_split([self.P], 1)
+        return h
 
     def outputs(
         self,
@@ -332,8 +347,10 @@ class Group:
         if self.fp8_forward:
             W, scale, _, _ = self._narrow(forward=True)
             assert W is not None and scale is not None
-            along = self.store.directions.get(self.name)
-            q = quantize_rows(x, behind=None if along is None else x @ along.P)
+            along, self._coordinates = self._coordinates, None
+            if along is None and self.along is not None:
+                along = x @ self.along.P
+            q = quantize_rows(x, behind=along)
             z = matmul_fp8(*q, W, scale, out_dtype=x.dtype, fast_accumulation=True)
         elif h is not None and x.shape[1] == self.columns + self.P:
             whole, B = self._weight(B=True), None
@@ -361,7 +378,7 @@ class Group:
         held, turn, along = self.store.narrow, 0, None
         if self.fp8_forward and self.name is not None:
             turn = turn_of(self.store.turn, self.name[0])
-            along = self.store.directions.get(self.name) if forward or held is not None else None
+            along = self.along if forward or held is not None else None
         room = 0 if self.lean else self.P
         source = [*self._source, (turn, room), along]
         if held is not None and self.name in held:
