@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.fuse.group import Group, Store
+from deltaw.fuse.group import Group
 from deltaw.fuse.host_memory import HostMemory
 from deltaw.fuse.keep import Keep
 from deltaw.fuse.linears import Fused
+from deltaw.fuse.store import Store
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from deltaw.fuse import flash
 from deltaw.fuse.block import run_block
 from deltaw.fuse.call import GROUPS, Call, Norm
 from deltaw.fuse.directions import Directions, directions
-from deltaw.fuse.group import join, part
 from deltaw.fuse.head import undisturbed
 from deltaw.fuse.keep import Keep, Room
 from deltaw.fuse.linears import fused_linear, hooked
 from deltaw.fuse.plan import PROJECTIONS, Fusion, Layer
+from deltaw.fuse.store import join, part
 from deltaw.kernels.gated import gated_torch
 from deltaw.kernels.norm import invertible, rms_norm_torch
 from deltaw.methods.host import book_of

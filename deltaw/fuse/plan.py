@@ -15,9 +15,9 @@ from torch import Tensor
 
 from deltaw.core.protocols import packed_of
 from deltaw.fuse.call import Norm, Passed
-from deltaw.fuse.group import Store
 from deltaw.fuse.host_memory import HostMemory, rates
 from deltaw.fuse.keep import KEEPS, Keep, Room, bridges, kept_bytes, planned, told
+from deltaw.fuse.store import Store
 from deltaw.kernels.memory import ROW_BYTES
 
 PROJECTIONS = {
