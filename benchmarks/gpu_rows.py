@@ -261,11 +261,14 @@ def own_row(name: str, args: argparse.Namespace) -> dict:
     import torch
 
     import deltaw as dw
+    from deltaw.core.allocator import use_expandable_segments
     from deltaw.data import Collator
     from deltaw.train import RunFolder, fit
     from deltaw.train.config import bytes_of, make_config
     from deltaw.train.loop import is_first_process, local_device, world_size
 
+    # As the `deltaw` command does, before the GPU is used.
+    use_expandable_segments()
     processes, args.device = world_size(), local_device(args.device)
     clock = Clock(args, processes)
 
@@ -376,9 +379,6 @@ def worker(name: str, args: argparse.Namespace) -> dict:
         # Unsloth wants to be imported before all that it rewrites.
         if name.startswith("unsloth"):
             importlib.import_module("unsloth")
-        if OWN_ROW.fullmatch(name):
-            # As the `deltaw` command does.
-            importlib.import_module("deltaw.core.allocator").use_expandable_segments()
         return (own_row if OWN_ROW.fullmatch(name) else peer_row)(name, args)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":

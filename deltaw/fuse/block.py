@@ -156,6 +156,10 @@ class _State:
         """What the backward pass through a norm reads, norm(x) (M, d + room) or x itself, and the reciprocal norms."""
         return made if self.call.norms[which].invertible else (x, made[1])
 
+    def _again(self, which: int, readable: Tensor, group: Group | None) -> Tensor:
+        """The norm's output of what its backward pass reads, with room for the group if that has to be made."""
+        return readable if self.call.norms[which].invertible else self._normed(which, readable, group)[0]
+
     def _attention(self, x0: Tensor, *, graph: bool, away: Away | None = None) -> dict[str, Any]:
         """Q, k, v as attention sees them and a (M, heads head_dim); with a graph from one to the other where wanted."""
         (q, k, v), found = self._queries(x0, wanted=graph)
@@ -363,8 +367,7 @@ class _State:
             assert call.host is not None
             z = call.host.take(held).view(-1, stride)[:, :columns]
         readable, rstd = self.kept.pop("n2")
-        norm = call.norms[1]
-        n2 = readable if norm.invertible else self._normed(1, readable, self.gate_up if z is None else None)[0]
+        n2 = self._again(1, readable, self.gate_up if z is None else None)
         if z is None:
             z = self._gate_up(n2)
         zd = self.kept.pop("zd", None)
@@ -382,6 +385,8 @@ class _State:
         for name, pair, one in zip(("gate", "up"), pairs, dcs, strict=True):
             self.found[name] = (*pair, one)
         assert dn2 is not None
+        # It may lie in n2's memory, which nothing else needs from here on.
+        del self.h[GATE_UP]
         return self._through(1, dn2, readable, rstd, g, self.o)
 
     def _gated_backward(
@@ -396,12 +401,12 @@ class _State:
             (h_gate, B_gate), (h_up, B_up) = self._thin_halves()
             rank = self.down.linears[0].rank
             A_down = self.down.thin.A[:rank] if self.down.lean else None
-            at = z.shape[1]
-            room = _whole(z, self.gate_up.spare)[:, at : at + B_gate.shape[1] + B_up.shape[1]]
+            at, wide = z.shape[1], self.gate_up.spare
+            room = _whole(z, wide)[:, at : at + B_gate.shape[1] + B_up.shape[1]] if wide else None
             k_gate, k_up, dB_gate, dB_up, dA_down, *sums = gated_backward_low_rank(
                 dact, gate, up, B_gate=B_gate, B_up=B_up, h_gate=h_gate, h_up=h_up, k_down=self.down.k[:, :rank],
                 scale_gate=1.0, scale_up=1.0, activation=call.activation, factors=factors, adds=self._lean,
-                A_down=A_down, sum_scales=(low_gate.scale, low_up.scale), room=room if self.gate_up.spare else None,
+                A_down=A_down, sum_scales=(low_gate.scale, low_up.scale), room=room,
             )  # fmt: skip
             return dA_down, ([k_gate, k_up], [dB_gate, dB_up]), [*sums] if sums else [None, None]
         y = z.clone() if factors is None and self.gate_up.c is not None else None
@@ -437,7 +442,7 @@ class _State:
         dcs = self._unrotated(grads, y, g[:, : self.qkv.rows])
         del grads, y
         readable, rstd = self.kept.pop("n1")
-        n1 = readable if call.norms[0].invertible else self._normed(0, readable, None)[0]
+        n1 = self._again(0, readable, None)
         dn1, pairs = self.qkv.backward(g, n1[:, : self.shape[-1]], self.h[QKV], need_x=need_x)
         for name, pair, one in zip("qkv", pairs, dcs, strict=True):
             self.found[name] = (*pair, one)

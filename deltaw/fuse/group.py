@@ -66,11 +66,11 @@ class Group:
         #: Columns that x and g may have behind them.
         self.spare = self.P if self.joined is not None or (self.decoded and not fp8_forward) else 0
         #: Directions of the input, of products in 8 bits forward.
-        self.along = store.directions.get(name) if fp8_forward and store is not None else None
+        self.along = self.store.directions.get(name) if fp8_forward else None
         self._thin: Thin | None = None
-        #: A and, below it, the directions, where there are some: one reading of x for both.
+        #: A and below it the directions, where there are some, so that x is read once for both.
         self._projections: Tensor | None = None
-        #: What `project` found along the directions, for `outputs`.
+        #: What `project` found along them, for the `outputs` of the same x that follow.
         self._coordinates: Tensor | None = None
         self._c: Tensor | None = None
         #: What was decoded for the norms, for the product that comes next.
@@ -171,10 +171,11 @@ class Group:
             sizes = [(self.P + count) * self.columns, self.P * self.rows]
             memory = like.new_empty(sum(sizes), dtype=self.dtype)
             A, B = memory.split(sizes)
-            self._projections = A.view(self.P + count, -1)
+            A = A.view(self.P + count, -1)
             if self.along is not None:
-                self._projections[self.P :].copy_(self.along.P.t())
-            thin = Thin(self._projections[: self.P], B.view(-1, self.P))
+                A[self.P :].copy_(self.along.P.t())
+                self._projections = A
+            thin = Thin(A[: self.P], B.view(-1, self.P))
         lows = [linear.low for linear in self.linears]
         key = tuple(
             low and (low.A.data_ptr(), low.B.data_ptr(), low.A.shape, low.A.dtype, low.B.dtype, low.scale)
@@ -264,7 +265,7 @@ class Group:
         if inside and x.shape[1] == self.columns + self.P:
             return torch.mm(x[:, : self.columns], self.thin.A.t(), out=x[:, self.columns :])
         thin = self.thin
-        if self.along is None or self._projections is None:
+        if self._projections is None:
             return project(x[:, : self.columns], thin.A)
         h, self._coordinates = project(x, self._projections).tensor_split([self.P], 1)
         return h

@@ -41,6 +41,7 @@ def _load(base, row, stride, column, mask):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _factors(weight, column, COLUMNS: tl.constexpr, GEMMA: tl.constexpr):  # type: ignore[no-untyped-def]
+    # Beyond the row 1, so that it may be divided by.
     value = tl.load(weight + column, mask=column < COLUMNS, other=1.0).to(tl.float32)
     if GEMMA:
         value += 1.0

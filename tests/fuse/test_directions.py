@@ -2,11 +2,18 @@
 
 import pytest
 import torch
+from torch import nn
 
 from deltaw.core.generators import generator
+from deltaw.core.protocols import LowRank
+from deltaw.fuse import group as group_module
 from deltaw.fuse.directions import DIRECTIONS, SHARE, directions
+from deltaw.fuse.group import Group
+from deltaw.fuse.linears import Fused
 from deltaw.fuse.narrow import narrowed
+from deltaw.fuse.store import Store
 from deltaw.kernels import fp8
+from deltaw.models.sites import SiteWeight
 
 
 def inputs(rows, columns, *, seed="x"):
@@ -83,3 +90,32 @@ def test_they_are_the_same_every_time_and_leave_random_numbers_alone():
     again = directions(x, W)
     assert torch.equal(one.P, again.P) and torch.equal(one.R, again.R) and not torch.equal(one.P, other.P)
     assert directions(x.bfloat16(), W).P.dtype == torch.bfloat16 == directions(x.bfloat16(), W).R.dtype
+
+
+@pytest.mark.parametrize("ranks", [(16,), (3, 5)])
+def test_one_reading_for_them_and_for_the_adapters(ranks, monkeypatch):
+    draw = generator(0, "one reading")
+    modules = [nn.Linear(96, 40, bias=False).requires_grad_(False) for _ in ranks]
+    for module in modules:
+        module.weight.copy_(torch.randn(40, 96, generator=draw))
+    lows = [LowRank(torch.randn(r, 96, generator=draw), torch.randn(40, r, generator=draw), 0.5) for r in ranks]
+    linears = [Fused(SiteWeight(m, "linear"), None, low) for m, low in zip(modules, lows, strict=True)]
+    x, W = inputs(50, 96), torch.cat([module.weight for module in modules])
+    along = directions(inputs(500, 96, seed="before"), W)
+    group = Group(linears, x.dtype, fp8_forward=True, store=Store(directions={(0, "o"): along}), name=(0, "o"))
+    seen = []
+    monkeypatch.setattr(
+        group_module, "quantize_rows", lambda x, behind: seen.append(behind) or fp8.quantize_rows(x, behind=behind)
+    )
+    h = group.project(x)
+    z = group.outputs(x, h)
+    for found, true in ((h[:, : sum(ranks)], x @ torch.cat([low.A for low in lows]).t()), (seen[0], x @ along.P)):
+        assert (found - true).norm() < 1e-6 * true.norm()
+    wanted = torch.cat(
+        [x @ m.weight.t() + 0.5 * x @ low.A.t() @ low.B.t() for m, low in zip(modules, lows, strict=True)], 1
+    )
+    # Low-rank parts are much larger than the frozen one here, of which eight bits lose hundredths.
+    assert (z - wanted).norm() < 0.012 * wanted.norm()
+    # Nothing is left of it for another x.
+    group.outputs(2 * x, 2 * h)
+    assert (seen[1] - 2 * x @ along.P).norm() < 1e-6 * seen[1].norm()
