@@ -258,17 +258,18 @@ def own_keys(parsed: dict[str, str | None], args: argparse.Namespace) -> dict:
 
 def own_row(name: str, args: argparse.Namespace) -> dict:
     """`deltaw train`'s loop on random rows; under torchrun what the first process has to say, nothing of the others."""
+    from deltaw.core.allocator import use_expandable_segments
+
+    # As the `deltaw` command does, before torch is imported.
+    use_expandable_segments()
     import torch
 
     import deltaw as dw
-    from deltaw.core.allocator import use_expandable_segments
     from deltaw.data import Collator
     from deltaw.train import RunFolder, fit
     from deltaw.train.config import bytes_of, make_config
     from deltaw.train.loop import is_first_process, local_device, world_size
 
-    # As the `deltaw` command does, before the GPU is used.
-    use_expandable_segments()
     processes, args.device = world_size(), local_device(args.device)
     clock = Clock(args, processes)
 
@@ -302,6 +303,8 @@ def own_row(name: str, args: argparse.Namespace) -> dict:
     if parsed["budget"] not in (None, "max"):
         over = row["peak_allocated_bytes"] > bytes_of(parsed["budget"])
         notes = ["no budget on a CPU"] if args.device == "cpu" else ["over its budget"] if over else []
+    if clock.cuda and not all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()):
+        notes.append("segments of fixed sizes")
     return row | {"notes": notes}
 
 
