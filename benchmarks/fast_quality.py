@@ -1,6 +1,7 @@
 """Whether fused layers and products in 8-bit floats train a model as the general path does: losses side by side.
 
     python benchmarks/fast_quality.py curves [--data FILE_OR_FOLDER] [--jobs 6] [--out FILE]
+    python benchmarks/fast_quality.py gradients [--data FILE_OR_FOLDER] [--jobs 6] [--out FILE]
     python benchmarks/fast_quality.py fp8 [--seeds 0 1 2] [--data FILE_OR_FOLDER] [--jobs 9] [--out FILE]
     python benchmarks/fast_quality.py --prepare ROWS.jsonl --data FOLDER
 
@@ -14,7 +15,11 @@ docstrings of Python's standard library. `--prepare` writes what was read of it 
 general path: the larger of its distances from itself with micro-batches of half the rows (`-rounding`, other orders of
 summation) and from itself in float32 (`-float32`, the same weights). Fused layers keep all for the backward pass, their
 input (`-input`), half of what there is to keep (`-half`, by `memory_budget`) or nothing on the device (`-host`); the
-last two are on a GPU only. `fused-float32` is beside the general path in float32, where rounding hides nothing.
+last two are on a GPU only. `fused-float32` is beside the general path in float32, where rounding hides little, and
+curves part late: no sooner than the general path parts from itself with micro-batches of half the rows (`-rounding`).
+
+`gradients`: fused layers and the general path in float32, and the general path in float64, at the same weights again
+and again along a run of the general path in float32. So what differs has had no steps to grow in.
 
 `fp8`: held-out loss after 500 steps over that of the general path in bfloat16, seed by seed.
 
@@ -38,15 +43,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-STEPS = {"curves": 200, "fp8": 500}
-METHODS = {"curves": ["lora", "qlora", "dora"], "fp8": ["qlora"]}
+STEPS = {"curves": 200, "gradients": 200, "fp8": 500}
+METHODS = {"curves": ["lora", "qlora", "dora"], "gradients": ["lora", "qlora", "dora"], "fp8": ["qlora"]}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FP8 = ("none", "backward", "most", "all")
 #: How far runs that differ in rounding alone drift apart is chance, so another one may go somewhat further. A gradient
 #: that is wrong in one projection goes many times as far.
 TOLERANCE = 2.0
-#: In float32 there is next to no rounding to hide behind.
-FLOAT32_TOLERANCE = 0.1
+#: Two curves have parted where a step's losses differ by more, in nats. In float32 what rounding makes of the first
+#: steps has to grow to that, a wrong gradient is there at once; fused layers get half of the steps that rounding takes.
+PARTED = 1e-3
+#: Steps of a run at which gradients are compared.
+COMPARED = 25
 #: Of held-out loss with fp8 over bfloat16's.
 FP8_LIMIT = 1.005
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -194,17 +202,11 @@ def held_out_loss(model: Any, rows: list[list[int]], batch: int) -> float:
     return total / (len(rows) * (len(rows[0]) - 1))
 
 
-def run_cell(cell: dict, args: argparse.Namespace) -> dict:
-    """Trains once: losses by step, and held out before and after."""
-    import torch
-
+def prepared(cell: dict, args: argparse.Namespace) -> tuple[Any, Any]:
+    """The run's configuration, and the model with its adapter."""
     import deltaw as dw
-    from deltaw.data import Collator
-    from deltaw.train import RunFolder, fit
     from deltaw.train.config import make_config
 
-    rows = torch.load(args.rows, weights_only=True)
-    held = rows["held"].tolist()
     steps = cell["steps"]
     keys = {
         "r": 16, "alpha": 32, "target_modules": TARGETS, "learning_rate": args.learning_rate,
@@ -219,6 +221,19 @@ def run_cell(cell: dict, args: argparse.Namespace) -> dict:
     dw.adapt(model, config.method_config, name="default", seed=config.seed)
     if half:
         config = make_config({**keys, "memory_budget": half_budget(model, args.batch * args.length)})
+    return config, model
+
+
+def run_cell(cell: dict, args: argparse.Namespace) -> dict:
+    """Trains once: losses by step, and held out before and after."""
+    import torch
+
+    from deltaw.data import Collator
+    from deltaw.train import RunFolder, fit
+
+    rows = torch.load(args.rows, weights_only=True)
+    held = rows["held"].tolist()
+    config, model = prepared(cell, args)
     before = held_out_loss(model, held, args.batch)
     examples = [{"input_ids": row, "labels": row} for row in rows["train"].tolist()]
     said: list[str] = []
@@ -238,10 +253,62 @@ def run_cell(cell: dict, args: argparse.Namespace) -> dict:
     }
 
 
+def follow(cell: dict, args: argparse.Namespace) -> dict:
+    """Trains by the general path, and compares losses and gradients on the way."""
+    import torch
+
+    from deltaw.data import Collator
+    from deltaw.fuse.decoder import install_blocks, uninstall_blocks
+    from deltaw.fuse.head import install_loss_head, uninstall_loss_head
+    from deltaw.train.losses import SummedLoss
+
+    rows = torch.load(args.rows, weights_only=True)["train"].tolist()
+    config, model = prepared(cell, args)
+    model.train().config.use_cache = False
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
+    summed, collate = SummedLoss(model, "causal-lm"), Collator("causal-lm", 0)
+
+    def computed(batch: list[list[int]]) -> tuple[float, Any]:
+        """The mean loss and all gradients, in one tensor of float64."""
+        optimizer.zero_grad()
+        inputs = collate([{"input_ids": row, "labels": row} for row in batch])
+        given = {key: value.to(model.device) for key, value in inputs.items()}
+        loss = summed(model, given) / (len(batch) * (len(batch[0]) - 1))
+        loss.backward()
+        return float(loss.detach()), torch.cat([parameter.grad.double().flatten() for parameter in trained])
+
+    compared, layers = [], "0 of 0"
+    for step in range(cell["steps"]):
+        batch = [rows[(step * args.batch + i) % len(rows)] for i in range(args.batch)]
+        general = computed(batch)
+        if step % max(1, cell["steps"] // COMPARED) == 0:
+            install_loss_head(model)
+            fused_layers, all_layers, _ = install_blocks(model)
+            layers = f"{fused_layers} of {all_layers}"
+            fused = computed(batch)
+            uninstall_blocks(model)
+            uninstall_loss_head(model)
+            model.double()
+            exact = computed(batch)
+            model.float()
+            pairs = {"general": (general, exact), "fused": (fused, exact), "apart": (fused, general)}
+            far = {
+                name: {"loss": a[0] - b[0], "gradient": float((a[1] - b[1]).norm() / b[1].norm())}
+                for name, (a, b) in pairs.items()
+            }
+            compared.append({"step": step + 1, "loss": general[0], **far})
+            # What the other two left in their place.
+            general = computed(batch)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    return {"compared": compared, "said": [f"{layers} layers fused"]}
+
+
 def worker(cell: dict, args: argparse.Namespace) -> dict:
     """What one process has to say; its last line of output."""
     try:
-        return run_cell(cell, args)
+        return follow(cell, args) if cell["study"] == "gradients" else run_cell(cell, args)
     except Exception as error:
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
@@ -276,6 +343,12 @@ def curve_cells(args: argparse.Namespace) -> list[dict]:
             {"name": name, "keys": general},
             {"name": f"{name}-rounding", "keys": {**general, "micro_batch_size": args.batch // 2}, "against": name},
             {"name": f"{name}-float32", "keys": general, "float32": True, "against": name},
+            {
+                "name": f"{name}-float32-rounding",
+                "keys": {**general, "micro_batch_size": args.batch // 2},
+                "float32": True,
+                "against": f"{name}-float32",
+            },
             {"name": f"{method}-fused", "keys": fused, "against": name},
             {"name": f"{method}-fused-float32", "keys": fused, "float32": True, "against": f"{name}-float32"},
         ]
@@ -287,6 +360,19 @@ def curve_cells(args: argparse.Namespace) -> list[dict]:
                 {"name": f"lora-fused-{way}", "keys": fused | more, "against": name} for way, more in ways.items()
             ]
     return [{"study": "curves", **cell} for cell in found]
+
+
+def gradient_cells(args: argparse.Namespace) -> list[dict]:
+    """A run of the general path in float32 for each method."""
+    return [
+        {
+            "study": "gradients",
+            "name": f"{method}-gradients",
+            "keys": {"method": method, "seed": args.seeds[0]},
+            "float32": True,
+        }
+        for method in args.methods or METHODS["gradients"]
+    ]
 
 
 def fp8_cells(args: argparse.Namespace) -> list[dict]:
@@ -311,6 +397,12 @@ def difference(run: dict, other: dict) -> dict[str, float]:
     return {**found, "held_out": run["after"] - other["after"]}
 
 
+def parted(run: dict, other: dict) -> int:
+    """The first step at which two curves have parted, counted from 1; one more than there are if none."""
+    steps = enumerate(zip(run["losses"], other["losses"], strict=True), 1)
+    return next((step for step, (a, b) in steps if abs(a - b) > PARTED), len(run["losses"]) + 1)
+
+
 def of_curves(cells: list[dict]) -> list[dict]:
     """Each run beside the one it is held against; fused ones in units of what rounding does to the general path."""
     runs = {cell["name"]: cell for cell in cells if cell["study"] == "curves" and "error" not in cell}
@@ -319,28 +411,45 @@ def of_curves(cells: list[dict]) -> list[dict]:
     for name, run in runs.items():
         if run.get("against") in runs:
             rows.append({"name": name, "distance": difference(run, runs[run["against"]])})
-            if run["keys"]["fast"] == "off":
+            if run["against"].endswith("-float32"):
+                rows[-1]["parted"] = parted(run, runs[run["against"]])
+            elif run["keys"]["fast"] == "off":
                 yardsticks.setdefault(run["keys"]["method"], []).append(rows[-1]["distance"])
+    by_rounding = {row["name"]: row["parted"] for row in rows if row["name"].endswith("-float32-rounding")}
     for row in rows:
         keys = runs[row["name"]]["keys"]
+        if keys["fast"] == "on" and "parted" in row:
+            rounding = by_rounding.get(f"{keys['method']}-general-float32-rounding")
+            if rounding is not None:
+                row |= {"rounding_parted": rounding, "coincides": 2 * row["parted"] >= rounding}
         # Half a yardstick would be another one.
-        if keys["fast"] == "on" and len(yardsticks.get(keys["method"], [])) == 2:
+        elif keys["fast"] == "on" and len(yardsticks.get(keys["method"], [])) == 2:
             times = {
                 key: over(row["distance"][key], max(one[key] for one in yardsticks[keys["method"]]))
                 for key in ("mean", "largest")
             }
-            row |= {"of_yardstick": times, "coincides": max(times.values()) <= limit_of(runs[row["name"]])}
+            row |= {"of_yardstick": times, "coincides": max(times.values()) <= TOLERANCE}
     return rows
-
-
-def limit_of(cell: dict) -> float:
-    """How far it may go, in yardsticks."""
-    return FLOAT32_TOLERANCE if cell.get("float32") else TOLERANCE
 
 
 def over(part: float, whole: float) -> float:
     """A ratio; two runs without any rounding between them leave none to others."""
     return part / whole if whole else float(part != 0) * 1e9
+
+
+def of_gradients(cells: list[dict]) -> list[dict]:
+    """How far gradients lie from float64's and from each other, over the steps compared."""
+    rows = []
+    for cell in cells:
+        if cell["study"] == "gradients" and "error" not in cell:
+            far: dict[str, Any] = {}
+            for name in ("general", "fused", "apart"):
+                found = [one[name]["gradient"] for one in cell["compared"]]
+                far[name] = {"median": statistics.median(found), "largest": max(found)}
+            losses = max(abs(one["apart"]["loss"]) for one in cell["compared"])
+            no_farther = far["fused"]["median"] <= TOLERANCE * far["general"]["median"]
+            rows.append({"name": cell["name"], **far, "losses_apart": losses, "no_farther": no_farther})
+    return rows
 
 
 def of_fp8(cells: list[dict]) -> list[dict]:
@@ -382,15 +491,30 @@ def told_curves(cells: list[dict]) -> str:
         figures = [f"{far['mean']:.2e}", f"{far['largest']:.2e}", f"{far['signed_mean']:+.1e}"]
         verdict = ["", ""]
         if times is not None:
-            verdict = [
-                f"{times['mean']:.2f}, {times['largest']:.2f}",
-                f"{'yes' if row['coincides'] else 'NO'} ({limit_of(run):g})",
-            ]
+            verdict = [f"{times['mean']:.2f}, {times['largest']:.2f}", f"{'yes' if row['coincides'] else 'NO'}"]
+        elif "parted" in row:
+            verdict[0] = f"from step {row['parted']}" if row["parted"] <= len(run["losses"]) else "at no step"
+            verdict[1] = ("yes" if row["coincides"] else "NO") if "coincides" in row else ""
         ends = [f"{run['after']:.5f}", f"{far['held_out']:+.1e}"]
         lines.append([run["name"], run["against"], *figures, *verdict, *ends])
-    head = ["run", "against", "mean distance", "largest", "signed mean", "mean, largest of the yardstick"]
-    head += ["coincides (within)", "held-out loss", "its distance"]
+    head = ["run", "against", "mean distance", "largest", "signed mean"]
+    head += [f"mean, largest of the yardstick; over {PARTED:g} apart"]
+    head += ["coincides", "held-out loss", "its distance"]
     return "\n\n".join([*parts, table(head, lines)])
+
+
+def told_gradients(cells: list[dict]) -> str:
+    lines = [
+        [
+            row["name"],
+            *(f"{row[key]['median']:.1e}, {row[key]['largest']:.1e}" for key in ("general", "fused", "apart")),
+            f"{row['losses_apart']:.1e}",
+            "yes" if row["no_farther"] else "NO",
+        ]
+        for row in of_gradients(cells)
+    ]
+    head = ["run", "general from float64: median, largest", "fused from float64", "fused from general"]
+    return table([*head, "losses, largest", f"fused no farther (median, {TOLERANCE:g} times)"], lines) if lines else ""
 
 
 def told_fp8(cells: list[dict]) -> str:
@@ -421,13 +545,22 @@ def commit() -> str | None:
         return None
 
 
+def done(found: dict) -> str:
+    """What there is to say of a run at once."""
+    if "compared" in found:
+        return "; ".join([f"compared at {len(found['compared'])} steps", *found["said"]])
+    losses = f"held-out loss {found['before']:.5f} to {found['after']:.5f}; {found['tokens_per_s']:,.0f} tokens/s, "
+    return losses + "; ".join([f"{found['peak_memory_bytes'] / 1e9:.2f} GB", *found["said"]])
+
+
 def measure(args: argparse.Namespace) -> list[dict]:
     """All runs of the studies asked for, several at a time, in the order of the list."""
     import torch
 
     from deltaw.train.run_folder import versions
 
-    cells = [cell for study in args.studies for cell in {"curves": curve_cells, "fp8": fp8_cells}[study](args)]
+    makers = {"curves": curve_cells, "gradients": gradient_cells, "fp8": fp8_cells}
+    cells = [cell for study in args.studies for cell in makers[study](args)]
     cells = [cell | {"steps": args.steps or STEPS[cell["study"]]} for cell in cells]
     train, held = token_rows(read_texts(args.data), args)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
@@ -446,12 +579,9 @@ def measure(args: argparse.Namespace) -> list[dict]:
         torch.save({"train": torch.tensor(train), "held": torch.tensor(held)}, args.rows)
         for cell, found in zip(cells, pool.map(lambda cell: ask(cell, args), cells), strict=True):
             record["cells"].append({**cell, **found})
-            done = found.get("error") or (
-                f"held-out loss {found['before']:.5f} to {found['after']:.5f}; {found['tokens_per_s']:,.0f} tokens/s, "
-                + "; ".join([f"{found['peak_memory_bytes'] / 1e9:.2f} GB", *found["said"]])
-            )
-            print(f"{cell['name']}: {done}", flush=True)
-            record |= {"curves": of_curves(record["cells"]), "fp8": of_fp8(record["cells"])}
+            print(f"{cell['name']}: {found.get('error') or done(found)}", flush=True)
+            made = {"curves": of_curves, "gradients": of_gradients, "fp8": of_fp8}
+            record |= {study: of(record["cells"]) for study, of in made.items()}
             if args.out:
                 Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
     return record["cells"]
@@ -459,7 +589,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", metavar="curves|fp8", help="both unless given")
+    parser.add_argument("studies", nargs="*", metavar="curves|gradients|fp8", help="all unless given")
     parser.add_argument("--prepare", metavar="FILE", help="write the text of --data to one JSON Lines file, and end")
     parser.add_argument("--data", help="a file or a folder of text; by default the standard library's docstrings")
     parser.add_argument("--model", default="smollm2-135m", help="as in `deltaw train`, or tiny")
@@ -485,7 +615,7 @@ def main(given: list[str] | None = None) -> None:
     args = parser.parse_args(given)
     args.given = sys.argv[1:] if given is None else given
     if unknown := sorted({*args.studies} - {*STEPS}):
-        parser.error(f"unknown study {unknown[0]!r}: expected curves, fp8 or both")
+        parser.error(f"unknown study {unknown[0]!r}: expected curves, gradients, fp8")
     if args.batch < 2 or args.batch % 2 or args.length < 2 or min(args.held, args.steps or 1, args.jobs or 1) < 1:
         parser.error("--batch is an even number, --length at least 2; --held, --steps and --jobs are at least 1")
     import torch
@@ -508,7 +638,7 @@ def main(given: list[str] | None = None) -> None:
         cells = measure(args)
     except DeltawError as error:
         sys.exit(f"error: {error}")
-    for told in (told_curves(cells), told_fp8(cells)):
+    for told in (told_curves(cells), told_gradients(cells), told_fp8(cells)):
         if told:
             print("\n" + told)
     if failed := [cell["name"] for cell in cells if "error" in cell]:

@@ -50,7 +50,7 @@ def test_curves_are_held_against_what_rounding_does(benchmark, in_process, text,
     given = ["curves", "--data", text, "--methods", "lora", "dora", "--steps", "10", "--learning-rate", "1e-2"]
     record = measured(benchmark, tmp_path, *given)
     runs = {cell["name"]: cell for cell in record["cells"]}
-    ways = ["general", "general-rounding", "general-float32", "fused", "fused-float32"]
+    ways = ["general", "general-rounding", "general-float32", "general-float32-rounding", "fused", "fused-float32"]
     assert list(runs) == [*(f"lora-{way}" for way in [*ways, "fused-input"]), *(f"dora-{way}" for way in ways)]
     rows = {row["name"]: row for row in record["curves"]}
     assert set(rows) == set(runs) - {"lora-general", "dora-general"}
@@ -71,21 +71,56 @@ def test_curves_are_held_against_what_rounding_does(benchmark, in_process, text,
         )
     for method in ("lora", "dora"):
         assert rows[f"{method}-fused-float32"]["distance"]["largest"] < 2e-5
-        assert rows[f"{method}-fused-float32"]["coincides"]
+        assert rows[f"{method}-fused-float32"]["coincides"] and rows[f"{method}-fused-float32"]["parted"] == 11
         yardstick = max(rows[f"{method}-general-{way}"]["distance"]["mean"] for way in ("rounding", "float32"))
         row = rows[f"{method}-fused"]
         assert row["of_yardstick"]["mean"] == pytest.approx(row["distance"]["mean"] / yardstick)
     printed = capsys.readouterr().out
-    assert "| lora-fused-float32 | lora-general-float32 |" in printed and "| yes (0.1) |" in printed
+    assert "| lora-fused-float32 | lora-general-float32 |" in printed and "| at no step | yes |" in printed
 
     # The same with an update scaled by one part in eight more does not coincide.
     args = benchmark.arguments().parse_args([*TINY, "--learning-rate", "1e-2", "--rows", str(tmp_path / "rows.pt")])
     save_rows(benchmark, text, args)
-    cells = record["cells"][:5]
-    for cell in cells[3:]:
+    cells = record["cells"][:6]
+    for cell in cells[4:]:
         cell |= benchmark.worker({**cell, "keys": cell["keys"] | {"alpha": 36}}, args)
         assert "error" not in cell
     assert [row["coincides"] for row in benchmark.of_curves(cells) if "coincides" in row] == [False, False]
+
+
+def test_gradients_are_held_against_those_of_float64(benchmark, in_process, text, tmp_path, capsys, monkeypatch):
+    from deltaw.fuse import decoder
+
+    given = ["gradients", "--data", text, "--methods", "lora", "qlora", "--steps", "4"]
+    record = measured(benchmark, tmp_path, *given)
+    for cell in record["cells"]:
+        assert cell["said"] == ["2 of 2 layers fused"] and [one["step"] for one in cell["compared"]] == [1, 2, 3, 4]
+        assert cell["compared"][3]["loss"] < cell["compared"][0]["loss"]
+    for row in record["gradients"]:
+        assert row["no_farther"] and row["losses_apart"] < 2e-6
+        # Neither is the other.
+        assert all(0 < row[name]["median"] <= row[name]["largest"] < 1e-5 for name in ("general", "fused", "apart"))
+    assert "| lora-gradients | " in capsys.readouterr().out
+    # A factor of one part in a thousand in one projection.
+    install, uninstall, hooks = decoder.install_blocks, decoder.uninstall_blocks, []
+
+    def wrong(model):
+        down = model.model.layers[0].mlp.down_proj
+        hooks.extend(p.register_hook(lambda grad: grad * 1.001) for p in down.parameters() if p.requires_grad)
+        return install(model)
+
+    def right(model):
+        while hooks:
+            hooks.pop().remove()
+        return uninstall(model)
+
+    monkeypatch.setattr(decoder, "install_blocks", wrong)
+    monkeypatch.setattr(decoder, "uninstall_blocks", right)
+    args = benchmark.arguments().parse_args([*TINY, "--rows", str(tmp_path / "rows.pt")])
+    save_rows(benchmark, text, args)
+    found = benchmark.worker(record["cells"][0] | {"steps": 1}, args)
+    (row,) = benchmark.of_gradients([record["cells"][0] | found])
+    assert row["fused"]["median"] > 1e-5 and not row["no_farther"]
 
 
 def test_losses_with_8_bit_products_are_over_those_of_bfloat16(benchmark, in_process, text, tmp_path, capsys):
@@ -142,7 +177,7 @@ def test_what_cannot_be_is_one_line(benchmark, text, tmp_path, monkeypatch, caps
     # A run that fails is a line; the others go on.
     ran = {"losses": [1.0], "before": 1.0, "after": 1.0, "tokens_per_s": 1, "peak_memory_bytes": 1, "said": []}
     monkeypatch.setattr(benchmark, "ask", lambda cell, args: {"error": "no"} if cell["name"] == "lora-general" else ran)
-    with pytest.raises(SystemExit, match=r"1 of 6 runs failed: lora-general$"):
+    with pytest.raises(SystemExit, match=r"1 of 7 runs failed: lora-general$"):
         benchmark.main(["curves", *TINY, "--methods", "lora", "--data", text])
     assert "lora-general: no" in capsys.readouterr().out
 
@@ -157,7 +192,7 @@ def test_a_run_has_a_process_and_a_time_limit(benchmark, text, tmp_path):
     args = benchmark.arguments().parse_args(given)
     args.given, args.jobs, args.rows = given, 2, str(tmp_path / "rows.pt")
     save_rows(benchmark, text, args)
-    cell = benchmark.curve_cells(argparse.Namespace(methods=["qlora"], seeds=[0], batch=4, device="cpu"))[3]
+    cell = benchmark.curve_cells(argparse.Namespace(methods=["qlora"], seeds=[0], batch=4, device="cpu"))[4]
     found = benchmark.ask({**cell, "steps": 1}, args)
     assert "error" not in found and len(found["losses"]) == 1
     args.limit = 0.2

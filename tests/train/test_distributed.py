@@ -68,18 +68,24 @@ def ranks_fall(place, output):
     return keys
 
 
-def assert_same_run(got, want, *, tolerance, counts=True):
-    """Curves and weights of two runs, up to the order of sums; without `counts` of metrics the losses alone."""
+def assert_same_run(got, want, *, tolerance, rounded=False):
+    """Curves and weights of two runs, up to the order of sums, or `rounded` to 16 bits by kernels that may differ.
+
+    There of six rows' scores two may be one rounding apart, and their order is an eighth of the AUROC: losses alone are
+    compared, and each tensor of weights as a whole.
+    """
     curve, wanted = small_runs.logged(got), small_runs.logged(want)
     assert [line.keys() for line in curve] == [line.keys() for line in wanted]
     for line, other in zip(curve, wanted, strict=True):
         for key in line:
-            if not counts and key.startswith("eval_") and not key.endswith("loss"):
-                continue
-            assert line[key] == pytest.approx(other[key], rel=tolerance), (line["step"], key)
+            if not rounded or "loss" in key:
+                assert line[key] == pytest.approx(other[key], rel=tolerance), (line["step"], key)
     mine, theirs = (load_file(next(run.glob("*/*model.safetensors"))) for run in (got, want))
     assert mine.keys() == theirs.keys()
     for key in theirs:
+        if rounded:
+            assert (mine[key] - theirs[key]).norm() <= tolerance * theirs[key].norm(), key
+            continue
         # Adam divides by the gradient's own size: where that is rounding, the update is as well.
         torch.testing.assert_close(mine[key], theirs[key], rtol=tolerance, atol=KEYS["learning_rate"] * 1e-2, msg=key)
     assert small_runs.record(got)["cost"]["tokens"] == small_runs.record(want)["cost"]["tokens"]
@@ -205,8 +211,8 @@ def test_two_gpus_are_one(place, tmp_path):
     train(**full | {"output": str(tmp_path / "one-full")})
     for name in ("two", "sharded"):
         assert_same_run(tmp_path / name, tmp_path / "one", tolerance=1e-3)
-    # Of six rows' scores two may be one rounding apart, and their order is an eighth of the AUROC.
-    assert_same_run(tmp_path / "sharded-bfloat16", tmp_path / "one-bfloat16", tolerance=2e-2, counts=False)
+    # One process multiplies by a group's weights joined, two by each that was gathered.
+    assert_same_run(tmp_path / "sharded-bfloat16", tmp_path / "one-bfloat16", tolerance=2e-2, rounded=True)
     for name in ("two-full", "sharded-full"):
         assert_same_run(tmp_path / name, tmp_path / "one-full", tolerance=2e-2)
     assert small_runs.outcome(tmp_path / "half") == small_runs.outcome(tmp_path / "whole")
