@@ -260,7 +260,7 @@ def own_row(name: str, args: argparse.Namespace) -> dict:
     """`deltaw train`'s loop on random rows; under torchrun what the first process has to say, nothing of the others."""
     from deltaw.core.allocator import use_expandable_segments
 
-    # As the `deltaw` command does, before torch is imported.
+    # As the `deltaw` command does, before packages are imported that may use the GPU.
     use_expandable_segments()
     import torch
 
