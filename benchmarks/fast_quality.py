@@ -16,7 +16,7 @@ general path: the larger of its distances from itself with micro-batches of half
 summation) and from itself in float32 (`-float32`, the same weights). Fused layers keep all for the backward pass, their
 input (`-input`), half of what there is to keep (`-half`, by `memory_budget`) or nothing on the device (`-host`); the
 last two are on a GPU only. `fused-float32` is beside the general path in float32, where rounding hides little, and
-curves part late: no sooner than the general path parts from itself with micro-batches of half the rows (`-rounding`).
+curves part late, if at all: as the general path parts from itself with micro-batches of half the rows (`-rounding`).
 
 `gradients`: fused layers and the general path in float32, and the general path in float64, at the same weights again
 and again along a run of the general path in float32. So what differs has had no steps to grow in.
@@ -489,12 +489,12 @@ def told_curves(cells: list[dict]) -> str:
     for row in of_curves(cells):
         run, far, times = by_name[row["name"]], row["distance"], row.get("of_yardstick")
         figures = [f"{far['mean']:.2e}", f"{far['largest']:.2e}", f"{far['signed_mean']:+.1e}"]
-        verdict = ["", ""]
+        beside = ""
         if times is not None:
-            verdict = [f"{times['mean']:.2f}, {times['largest']:.2f}", f"{'yes' if row['coincides'] else 'NO'}"]
+            beside = f"{times['mean']:.2f}, {times['largest']:.2f}"
         elif "parted" in row:
-            verdict[0] = f"from step {row['parted']}" if row["parted"] <= len(run["losses"]) else "at no step"
-            verdict[1] = ("yes" if row["coincides"] else "NO") if "coincides" in row else ""
+            beside = f"from step {row['parted']}" if row["parted"] <= len(run["losses"]) else "at no step"
+        verdict = [beside, {True: "yes", False: "NO"}.get(row.get("coincides"), "")]
         ends = [f"{run['after']:.5f}", f"{far['held_out']:+.1e}"]
         lines.append([run["name"], run["against"], *figures, *verdict, *ends])
     head = ["run", "against", "mean distance", "largest", "signed mean"]

@@ -17,7 +17,7 @@ from deltaw.quant.codebooks import dynamic_code, nf4_code
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: The interpreter rounds to bfloat16 wrongly: ties away from zero, and no carry into the exponent.
-OUT_DTYPES = DTYPES[:2] if INTERPRETED else DTYPES
+OUT_DTYPES = (torch.float64, *(DTYPES[:2] if INTERPRETED else DTYPES))
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 needs_kernels = [
