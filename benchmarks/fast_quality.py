@@ -16,7 +16,8 @@ general path: the larger of its distances from itself with micro-batches of half
 summation) and from itself in float32 (`-float32`, the same weights). Fused layers keep all for the backward pass, their
 input (`-input`), half of what there is to keep (`-half`, by `memory_budget`) or nothing on the device (`-host`); the
 last two are on a GPU only. `fused-float32` is beside the general path in float32, where rounding hides little, and
-curves part late, if at all: as the general path parts from itself with micro-batches of half the rows (`-rounding`).
+curves part late, if at all: they coincide if that is no sooner than in half of the steps in which the general path
+parts from itself with micro-batches of half the rows (`-float32-rounding`).
 
 `gradients`: fused layers and the general path in float32, and the general path in float64, at the same weights again
 and again along a run of the general path in float32. So what differs has had no steps to grow in.

@@ -13,7 +13,7 @@ def use_expandable_segments() -> None:
     """Has torch's allocator extend its segments rather than take new ones, unless the environment says otherwise.
 
     What fused layers keep and what takes its place between passes differ in size: in segments of fixed sizes 4 to 19 %
-    is lost to gaps on an H100, in expandable ones 0.5 to 11 %. torch reads the variable when it first uses the GPU,
+    is lost to gaps on an H100, in expandable ones 2 to 11 %. torch reads the variable when it first uses the GPU,
     which packages may make it do as they are imported, so this is for the beginning of a process. Nothing is done where
     expandable segments are not known to work: they are on Linux, but for Linux inside Windows.
     """
