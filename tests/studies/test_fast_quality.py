@@ -20,7 +20,13 @@ def benchmark(monkeypatch):
     import fast_quality
 
     yield fast_quality
-    sys.modules.pop("fast_quality")
+    for name in ("fast_quality", "fast_runs"):
+        sys.modules.pop(name)
+
+
+@pytest.fixture
+def runs(benchmark):
+    return sys.modules["fast_runs"]
 
 
 @pytest.fixture
@@ -123,12 +129,12 @@ def test_gradients_are_held_against_those_of_float64(benchmark, in_process, text
     assert row["fused"]["median"] > 1e-5 and not row["no_farther"]
 
 
-def test_losses_with_8_bit_products_are_over_those_of_bfloat16(benchmark, in_process, text, tmp_path, capsys):
+def test_losses_with_8_bit_products_are_over_those_of_bfloat16(benchmark, runs, in_process, text, tmp_path, capsys):
     record = measured(benchmark, tmp_path, "fp8", "--data", text, "--steps", "3", "--methods", "lora")
     cells = record["cells"]
     assert [cell["keys"]["fp8"] for cell in cells] == ["none", "backward", "most", "all"]
     assert ["2 of 2 layers fused" in cell["said"] for cell in cells] == [False, True, True, True]
-    model = benchmark.tiny_model(32)
+    model = runs.tiny_model(32)
     _, held = benchmark.token_rows(benchmark.read_texts(text), benchmark.arguments().parse_args(TINY))
     with torch.no_grad():
         ids = torch.tensor(held)
@@ -144,7 +150,7 @@ def test_losses_with_8_bit_products_are_over_those_of_bfloat16(benchmark, in_pro
     assert "lora fp8 all: mean 1.00600, largest 1.00600, NOT within 0.5%" in benchmark.told_fp8(worse)
 
 
-def test_rows_hold_every_text_once_and_held_out_ones_are_others(benchmark, text, tmp_path):
+def test_rows_hold_every_text_once_and_held_out_ones_are_others(benchmark, runs, text, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     Path(text).rename(folder / "a.jsonl")
@@ -159,7 +165,7 @@ def test_rows_hold_every_text_once_and_held_out_ones_are_others(benchmark, text,
     args = benchmark.arguments().parse_args(TINY)
     train, held = benchmark.token_rows(texts, args)
     assert len(held) == 6 and {len(row) for row in train + held} == {32}
-    found = "".join(chr(token) for row in train + held for token in row).split(chr(benchmark.END))
+    found = "".join(chr(token) for row in train + held for token in row).split(chr(runs.END))
     # Cut off at the end is less than a row.
     assert set(found[:-1]) <= set(texts) and len(found) == len(set(found)) >= len(texts) - 1
     assert (train, held) == benchmark.token_rows(texts, args)
@@ -201,7 +207,7 @@ def test_a_run_has_a_process_and_a_time_limit(benchmark, text, tmp_path):
     assert "missing.pt" in benchmark.worker({**cell, "steps": 1}, args)["error"]
 
 
-def test_half_a_budget_keeps_half(benchmark, monkeypatch):
+def test_half_a_budget_keeps_half(runs, monkeypatch):
     from deltaw.fuse.keep import HEAD_BYTES, Room, choose, kept_bytes
 
     sizes = {"width": 576, "inner": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64, "itemsize": 2}
@@ -211,7 +217,7 @@ def test_half_a_budget_keeps_half(benchmark, monkeypatch):
     trained = torch.nn.Parameter(torch.zeros(1000, 1000))
     model = argparse.Namespace(config=config, dtype=torch.bfloat16, parameters=lambda: [trained])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *device: 300_000_000)
-    budget = benchmark.half_budget(model, 4096)
+    budget = runs.half_budget(model, 4096)
     # Once the loop has its copy of what is trained.
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *device: 304_000_000)
     room = Room(budget_bytes=budget, later_bytes=12_000_000, head_bytes=HEAD_BYTES)
