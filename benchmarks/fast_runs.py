@@ -239,8 +239,7 @@ def follow(cell: dict, args: argparse.Namespace) -> dict:
     compared, layers = [], "0 of 0"
     for step in range(cell["steps"]):
         batch = [rows[(step * args.batch + i) % len(rows)] for i in range(args.batch)]
-        general = computed(batch)
-        if step % max(1, cell["steps"] // COMPARED) == 0:
+        if compares := step % max(1, cell["steps"] // COMPARED) == 0:
             install_loss_head(model)
             fused_layers, all_layers, _ = install_blocks(model)
             layers = f"{fused_layers} of {all_layers}"
@@ -250,14 +249,15 @@ def follow(cell: dict, args: argparse.Namespace) -> dict:
             model.double()
             exact = computed(batch)
             model.float()
+        # Last, so that its gradients are those that are left to train with.
+        general = computed(batch)
+        if compares:
             pairs = {"general": (general, exact), "fused": (fused, exact), "apart": (fused, general)}
             far = {
                 name: {"loss": a[0] - b[0], "gradient": float((a[1] - b[1]).norm() / b[1].norm())}
                 for name, (a, b) in pairs.items()
             }
             compared.append({"step": step + 1, "loss": general[0], **far})
-            # What the other two left in their place.
-            general = computed(batch)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     return {"compared": compared, "said": [f"{layers} layers fused"]}
